@@ -1,0 +1,192 @@
+"""The command line: each command calls one public function of the same name and arguments in `tropism.commands`.
+
+A method's flags are its function's keyword arguments, read off its signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Align diffusion models to reward functions.")
+align_app = typer.Typer(no_args_is_help=True, help="Change a model's weights so that its samples score higher.")
+app.add_typer(align_app, name="align")
+
+HELP = {
+    "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class.",
+    "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
+              "clip:FOLDER, file.py:function.",
+    "prompts": ".txt (one a line), .jsonl or .csv; the bundled model has its own.",
+    "held_out": "Prompts for evaluation only (default: every tenth prompt).",
+    "out": "The run folder, new or empty.",
+    "updates": "Optimiser updates.", "batch": "Samples an update.", "micro_batch": "Samples in memory at a time.",
+    "lr": "Learning rate of AdamW.", "weight_decay": "Weight decay of AdamW.", "clip": "Largest gradient norm, 0 is off.",
+    "ema": "Decay of an average of the adapter, 0 is off.", "rank": "LoRA rank.", "alpha": "LoRA alpha (default: the rank).",
+    "targets": "LoRA target modules, repeatable.", "full": "Train every U-Net weight instead of a LoRA.",
+    "eta": "0 is DDIM, 1 is as stochastic as DDPM.", "seed": "Seed of every random draw.",
+    "evaluate_every": "Updates between held-out evaluations.", "evaluate_prompts": "Held-out prompts at most.",
+    "evaluate_steps": "Steps at deployment (default: those of training).",
+    "evaluate_guidance": "Guidance at deployment (default: that of training).",
+    "checkpoint_every": "Updates between checkpoints.", "resume": "Go on with the run in --out.",
+    "overwrite": "Replace the run in --out.", "trackers": "tensorboard or wandb, if installed; repeatable.",
+    "device": "cpu or cuda.", "dtype": "Of the frozen networks: float32, bfloat16.", "threads": "CPU threads.",
+    "dry_run": "Check everything, write nothing.",
+}
+HIDDEN = ("method", "options", "command", "callback")
+
+
+def _type(annotation: Any) -> Any:
+    """The command-line type of a Python annotation: numbers, flags and text; several choices become text."""
+    members = [m for m in typing.get_args(annotation) if m is not type(None)] or [annotation]
+    optional = type(None) in typing.get_args(annotation)
+    if any("Sequence" in str(m) and "str" in str(m) and "Reward" not in str(annotation) and "Path" not in str(annotation) for m in members):
+        return list[str]
+    simple = members[0] if len(members) == 1 and members[0] in (int, float, bool, str) else str
+    return simple | None if optional else simple
+
+
+def _documented(function: Callable) -> dict[str, str]:
+    """`name: text.` sentences of a docstring."""
+    text = " ".join((function.__doc__ or "").split())
+    return {n: t.strip()[0].upper() + t.strip()[1:] + "." for n, t in re.findall(r"\b([a-z_]+): ([^.;]+)[.;]", text)}
+
+
+def _flag(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
+    option = typer.Option(f"--{name.replace('_', '-')}", help=text) if kind is not bool else \
+        typer.Option(f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}" if default else f"--{name.replace('_', '-')}", help=text)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _flags(function: Callable, skip: tuple[str, ...]) -> list[inspect.Parameter]:
+    hints, documented, found = typing.get_type_hints(function), _documented(function), []
+    for name, p in inspect.signature(function).parameters.items():
+        if name in skip:
+            continue
+        kind = list[str] if name == "reward" else _type(hints[name])
+        default = p.default if p.default is not inspect.Parameter.empty else ...
+        default = list(default) if kind == list[str] and default is not ... else default
+        found.append(_flag(name, kind, str(default) if kind is str and isinstance(default, int) else default,
+                           HELP.get(name) or documented.get(name, "")))
+    return found
+
+
+def _config(context: typer.Context, value: Path | None) -> Path | None:
+    """Take a run's config.yaml as defaults; flags on the command line win."""
+    if value is None:
+        return None
+    from tropism.core import UserError
+
+    try:
+        settings = yaml.safe_load(value.read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {value} cannot be read: {error}. Give the config.yaml of a run.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"The configuration {value} holds no settings. Give the config.yaml of a run.")
+    flat = {**settings, **(settings.pop("options", None) or {})}
+    known = {p.name for p in context.command.params}
+    if unknown := sorted(set(flat) - known - {"method", "options"}):
+        raise UserError(f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}.")
+    context.default_map = {k: v for k, v in flat.items() if v is not None}
+    return value
+
+
+def _align_command(method: str) -> Callable:
+    from tropism import commands
+
+    common = _flags(commands.align, HIDDEN)
+    own = _flags(commands.METHODS[method], commands.BOUND)
+
+    def run(config: Path | None = None, **values: Any) -> None:
+        options = {p.name: _number(values.pop(p.name)) for p in own}
+        commands.align(method, options=options, command=_command_line(), **values)
+
+    own_defaults = [p.replace(default=None, annotation=_optional(p.annotation)) for p in own]
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
+        Path | None, typer.Option("--config", is_eager=True, callback=_config, help="A config.yaml whose settings become defaults.")])
+    run.__signature__ = inspect.Signature([config, *common, *own_defaults])  # type: ignore[attr-defined]
+    run.__doc__ = (commands.METHODS[method].__doc__ or method).splitlines()[0]
+    return run
+
+
+def _optional(annotation: Any) -> Any:
+    """Unset flags of a method are None, so that a model's own defaults can step in."""
+    kind, option = typing.get_args(annotation)
+    return Annotated[kind | None, option]
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def _command_line() -> str:
+    return shlex.join(["tropism", *sys.argv[1:]])
+
+
+def _register() -> None:
+    from tropism import commands
+
+    for method in commands.METHODS:
+        align_app.command(method)(_align_command(method))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help=HELP["out"])] = Path("runs/demo"),
+         seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+         resume: Annotated[bool, typer.Option("--resume", help=HELP["resume"])] = False,
+         overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
+         threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None) -> None:
+    """The main job on the bundled model: no network, a minute or two on a laptop."""
+    from tropism import commands
+
+    commands.demo(out, seed=seed, resume=resume, overwrite=overwrite, threads=threads, command=_command_line())
+
+
+@app.command()
+def mix(adapter: Annotated[list[str], typer.Option(help="FOLDER=WEIGHT of a finished run or adapter, repeatable.")],
+        out: Annotated[Path, typer.Option(help="Where the mixed adapter goes.")],
+        model: Annotated[str, typer.Option(help=HELP["model"])] = "shapes") -> None:
+    """Mix finished adapters of one base model by weight: their B A products are summed."""
+    from tropism import commands
+
+    commands.mix(adapter, out=out, model=model)
+
+
+@app.command()
+def pretrain(world: Annotated[str, typer.Argument(help="shapes")] = "shapes",
+             out: Annotated[Path, typer.Option(help="Where checkpoints and the finished networks go.")] = Path("runs/pretrain"),
+             threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None) -> None:
+    """Train the bundled networks from nothing; run it again to go on where it stopped."""
+    from tropism import commands
+
+    commands.pretrain(world, out=out, threads=threads)
+
+
+def main() -> None:
+    """Entry point: user errors become one clear message and exit code 2, interruptions 130 or 143."""
+    from tropism.core import UserError
+    from tropism.run.signals import Interrupted
+
+    if sys.argv[1:2] in (["align"], ["demo"], ["mix"]):
+        _register()
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"tropism: {error}", err=True)
+        sys.exit(2)
+    except Interrupted as stop:
+        typer.echo(f"tropism: {stop}", err=True)
+        sys.exit(stop.code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""What the command line does, as Python functions with the same names and arguments."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from tropism.align.alignprop import alignprop
+from tropism.core import Batch, Info, Model, Reward, UserError, is_differentiable, name_of
+from tropism.models import lora
+from tropism.models.load import BUNDLED, load_model
+from tropism.models.lora import LoraSettings
+from tropism.rewards.combine import weighted
+from tropism.rewards.jpeg import true_bytes
+from tropism.rewards.load import load_rewards, require_gradient
+from tropism.run import card, report
+from tropism.run.evaluate import Evaluation, Measure
+from tropism.run.evaluate import evaluate as measured
+from tropism.run.fit import FitResult, fit
+from tropism.run.prompts import Prompt, as_batch, batch_of, read_prompts, split
+from tropism.run.record import Recorder
+from tropism.worlds import shapes, taste
+
+METHODS = {"alignprop": alignprop}
+BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
+DEFAULTS = {"shapes": {"steps": 16, "guidance": 3.0}}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the held-out pictures and numbers before and after, and the fitted weights.
+
+    reload_difference: largest pixel difference after loading the adapter into a plain diffusers pipeline (None: no adapter file).
+    """
+
+    out: Path
+    before: Evaluation
+    after: Evaluation
+    result: FitResult
+    reload_difference: float | None
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def options_of(method: str | Callable) -> dict[str, inspect.Parameter]:
+    """An algorithm's own hyperparameters: the keyword arguments of its function."""
+    function = METHODS[_known(method, METHODS, "method")] if isinstance(method, str) else method
+    return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
+
+
+def _known(name: str, choices: Mapping | Sequence, what: str) -> str:
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(name, choices, 1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"There is no {what} '{name}'.{hint} Known: {', '.join(choices)}.")
+
+
+def _resolved(method: str, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = options_of(method)
+    for name in options:
+        _known(name, known, f"option of {method}")
+    own = DEFAULTS.get(model, {}) if isinstance(model, str) else {}
+    return {n: options.get(n, own.get(n, p.default)) for n, p in known.items()}
+
+
+def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
+    parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    if all(isinstance(p, str) for p in parts):
+        return load_rewards(parts)
+    loaded = [load_rewards([p]) if isinstance(p, str) else p for p in parts]
+    return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
+
+
+def _weights(reward: Reward) -> dict[str, float]:
+    return {name_of(r): w for r, w in getattr(reward, "terms", ((reward, 1.0),))}
+
+
+def _prompts(prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None, model: Any):
+    """(train, held out) prompts: the user's, or those of the bundled world."""
+    if prompts is None:
+        if model != "shapes":
+            raise UserError(f"No prompts were given, and only the bundled model 'shapes' has its own (this is {model!r}). "
+                            "Add --prompts FILE with one prompt a line.")
+        train, held = ([Prompt(s.prompt) for s in shapes.scenes(side)] for side in (False, True))
+    else:
+        train, held = split(_listed(prompts))
+    if held_out is not None:
+        train, held = _listed(prompts) if prompts is not None else train, _listed(held_out)
+    return train, held
+
+
+def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    if not prompts:
+        raise UserError("The list of prompts is empty. Give at least one prompt.")
+    return [Prompt(p) for p in prompts]
+
+
+def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
+    """Honest measures beside the rewards: true JPEG kilobytes always; the parser and the hidden taste on the shapes world."""
+    measures: dict[str, Measure] = {"jpeg_kB": lambda images, _: {"jpeg_kB": true_bytes(images) / 1000}}
+    try:
+        for p in prompts:
+            shapes.parse_prompt(p)
+    except ValueError:
+        return measures
+    return measures | {"parser": shapes.accuracy, "gold_taste": lambda images, _: {"gold_taste": taste.gold(images)}}
+
+
+def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+    """Thread count, device and dtype of a command, checked."""
+    _known(dtype, DTYPES, "dtype")
+    if threads:
+        torch.set_num_threads(threads)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("The device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu.")
+    try:
+        return torch.device(device), DTYPES[dtype]
+    except RuntimeError as error:
+        raise UserError(f"There is no device {device!r}. Use cpu, cuda or cuda:1.") from error
+
+
+# ---------------------------------------------------------------------------------------------------- align
+
+
+def align(method: str, *, model: str | Model, reward: Reward | str | Sequence[Reward | str],
+          prompts: str | Path | Sequence[str] | None = None, out: str | Path, updates: int = 60, batch: int = 16,
+          options: Mapping[str, Any] | None = None, lr: float = 1e-3, weight_decay: float = 1e-4, clip: float = 1.0,
+          ema: float = 0.0, micro_batch: int | None = None, rank: int = 4, alpha: float | None = None,
+          targets: Sequence[str] = LoraSettings().targets, full: bool = False, eta: float = 0.0, seed: int = 0,
+          held_out: str | Path | Sequence[str] | None = None, evaluate_every: int = 10, evaluate_prompts: int = 32,
+          evaluate_steps: int | None = None, evaluate_guidance: float | None = None, checkpoint_every: int = 10,
+          resume: bool = False, overwrite: bool = False, trackers: Sequence[str] = (), device: str = "cpu",
+          dtype: str = "float32", threads: int | None = None, dry_run: bool = False, command: str = "",
+          callback: Callable[[int, Info], None] | None = None) -> Run | None:
+    """Change a model's weights so that its samples score higher, and leave a run folder. Returns the finished run.
+
+    method: "alignprop". model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
+    reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
+    prompts: a .txt, .jsonl or .csv file, or a list; held_out: the same, else every tenth prompt is kept for evaluation.
+    options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
+    evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
+    Raises UserError for anything that cannot be, before the first update where possible.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")}
+    place, precision = set_up(device, dtype, threads)
+    hyper = _resolved(method, model, options or {})
+    reward_ = _reward(reward)
+    require_gradient(reward_, f"align {method}")
+    train, held = _prompts(prompts, held_out, model)
+    _positive(updates=updates, batch=batch, evaluate_prompts=evaluate_prompts, rank=rank)
+    model_ = load_model(model, dtype=precision, device=place, lora=None if full else LoraSettings(rank, alpha, tuple(targets), seed),
+                        full=full, eta=eta) if isinstance(model, str) else model
+    held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
+    _check_chain(model_, method, hyper)
+    if dry_run:
+        return None
+    config = _plain({**settings, "model": str(model), "reward": [f"{n}={w:g}" for n, w in _weights(reward_).items()], "options": hyper})
+    with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
+        for text in getattr(model_, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]:
+            recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
+        judge = _Judge(Path(out), model_, reward_, held, evaluate_steps or hyper.get("steps", 50),
+                       evaluate_guidance or hyper.get("guidance", 7.5), seed, batch)
+        products = _Products(Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge)
+        result = fit(_bound(METHODS[method], model_, reward_, hyper),
+                     model_.trainable(), lambda update: _own_rows(batch_of(train, batch, seed, update)), updates=updates, out=out,
+                     recorder=recorder, lr=lr, weight_decay=weight_decay, clip=clip, ema=ema, seed=seed, micro_batch=micro_batch,
+                     checkpoint_every=checkpoint_every, resume=resume, evaluate=judge, evaluate_every=evaluate_every,
+                     callback=callback, finish=products.write)
+    return Run(Path(out), judge.before, judge.after, result, products.difference)
+
+
+def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, Any]):
+    return lambda batch, *, state, update, seed, micro_batch: method(
+        model, reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **hyper)
+
+
+def _positive(**numbers: int):
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1. Try --{name.replace('_', '-')} 16.")
+
+
+def _check_chain(model: Model, method: str, hyper: Mapping[str, Any]):
+    """Everything about the chain that can be wrong is found before anything is written."""
+    from tropism.align.alignprop import reward_loss
+    from tropism.align.truncation import policy
+
+    model.process.times(hyper.get("steps", 50))
+    policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
+    reward_loss(hyper.get("hinge"), hyper.get("target"))
+    if not model.trainable():
+        raise UserError("This model has no trainable weights. Load it with a LoRA, or give `trainable()` some parameters.")
+
+
+def _own_rows(batch: Batch) -> Batch:
+    """This process's rows of an update's batch."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return batch
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if len(batch) < world:
+        raise UserError(f"The batch has {len(batch)} samples for {world} processes; every process needs at least one. "
+                        f"Try --batch {world}.")
+    return batch[rank::world]
+
+
+def _plain(value: Any) -> Any:
+    """Settings as plain YAML values."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class _Judge:
+    """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest."""
+
+    def __init__(self, out: Path, model: Model, reward: Reward, held: list[Prompt], steps: int, guidance: float, seed: int, batch: int):
+        self.file = out / "samples" / "before.safetensors"
+        self.prompts = [p.text for p in held]
+        self.measure = partial(measured, model, reward, self.prompts, steps=steps, guidance=guidance, seed=seed,
+                               measures=measures_for(self.prompts), batch_size=batch)
+        self._before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    @property
+    def before(self) -> Evaluation:
+        if self._before is None:
+            kept = load_file(self.file)
+            columns = {k.removeprefix("column/"): v for k, v in kept.items() if k.startswith("column/")}
+            self._before = Evaluation(kept["images"], columns, self.prompts, kept["diversity"].item() if "diversity" in kept else None)
+        return self._before
+
+    def __call__(self, update: int) -> dict[str, float]:
+        if update == 0:
+            self._before = self.after = self.measure()
+            self._keep(self._before)
+        else:
+            self.after = self.measure(base=self.before.images)
+        return self.after.numbers()
+
+    def _keep(self, found: Evaluation):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"images": found.images.contiguous(), **{f"column/{k}": v.contiguous() for k, v in found.columns.items()}}
+        if found.diversity is not None:
+            tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
+        save_file(tensors, self.file)
+
+
+@dataclass
+class _Products:
+    """What a finished run leaves beside its record: adapter, pictures, report, model card."""
+
+    out: Path
+    method: str
+    model: Model
+    source: str
+    reward: Reward
+    train: list[Prompt]
+    seed: int
+    command: str
+    config: dict
+    recorder: Recorder
+    judge: _Judge
+    difference: float | None = None
+
+    def write(self):
+        if self.judge.after is None:
+            self.judge(-1)
+        if isinstance(getattr(self.model, "lora", None), LoraSettings):
+            lora.save(self.model, self.out / "lora")
+            self.difference = lora.verify(self.model, self.out / "lora", prompts=self.judge.prompts[:2])
+        else:
+            self.out.joinpath("weights").mkdir(exist_ok=True)
+            save_file({n: p.detach().contiguous() for n, p in self.model.trainable().items()}, self.out / "weights" / "trained.safetensors")
+        load = f"{str(getattr(self.model, 'source', self.source))!r}"
+        done = report.Finished(
+            method=self.method, base=self.source, load=load, rewards=_weights(self.reward), prompts=[p.text for p in self.train],
+            seed=self.seed, command=self.command, config=self.config, environment=self.recorder.environment, before=self.judge.before,
+            after=self.judge.after, lines=self.recorder.lines(), limits=self._limits())
+        report.write(self.out, done)
+        card.write(self.out, done)
+        self.recorder.say(self._summary(report.rows(self.judge.before, self.judge.after)))
+
+    def _limits(self) -> list[str]:
+        n = len(self.judge.prompts)
+        return [f"One training seed; evaluated on {n} held-out prompts, one picture each.",
+                "A reward is a proxy: look at the pictures and at the measures that were not trained on."]
+
+    def _summary(self, rows: list) -> str:
+        lines = [f"  {r.name:28s} {r.before:10.4f} -> {r.after:10.4f}" for r in rows]
+        kept = "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
+        return "\n".join(["Held-out, before -> after:", *lines]) + kept + f"\nSee {self.out / 'report.html'}"
+
+
+# ---------------------------------------------------------------------------------------------------- the others
+
+
+def demo(out: str | Path = "runs/demo", *, seed: int = 0, resume: bool = False, overwrite: bool = False,
+         threads: int | None = None, command: str = "tropism demo") -> Run | None:
+    """The main job on the bundled model: count what the prompt asks for, in fewer bytes."""
+    return align("alignprop", model="shapes", reward=["shapes-count", "jpeg=0.3"], out=out, seed=seed, resume=resume,
+                 overwrite=overwrite, threads=threads or min(2, os.cpu_count() or 1), command=command, **DEMO)
+
+
+DEMO: dict[str, Any] = {"updates": 40, "batch": 16, "lr": 2e-3, "rank": 8}
+
+
+def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> Path:
+    """Sum the B A products of finished adapters, each "FOLDER=WEIGHT", into one adapter in `out`; returns its file.
+
+    Raises UserError for a weight that is not a number or adapters of another base.
+    """
+    parts: dict[str | Path, float] = {}
+    for text in adapters:
+        folder, _, weight = text.rpartition("=")
+        try:
+            parts[_adapter(folder or weight)] = float(weight) if folder else 1.0
+        except ValueError as error:
+            raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
+    loaded = load_model(model)
+    lora.mix(loaded, parts)
+    return lora.save(loaded, out)
+
+
+def _adapter(folder: str) -> Path:
+    """A run folder's adapter, or the adapter folder itself."""
+    inside = Path(folder) / "lora"
+    return inside if inside.is_dir() else Path(folder)
+
+
+def pretrain(world: str = "shapes", *, out: str | Path, threads: int | None = None) -> Path:
+    """Train the bundled networks of a world from nothing, resumable; returns the folder with the finished files."""
+    from tropism.run import pretrain as networks, pretrain_rewards
+
+    _known(world, BUNDLED, "world")
+    set_up("cpu", "float32", threads)
+    vae, tokenizer = networks.shapes_world(Path(out))
+    pretrain_rewards.shapes_rewards(Path(out), vae, tokenizer)
+    return Path(out)

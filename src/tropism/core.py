@@ -1,0 +1,359 @@
+"""The vocabulary: batches, keyed noise, kernels, and what a process, a model and a reward are.
+
+Conventions, taken once because the field disagrees:
+- Images between modules are (B, 3, H, W) in [0, 1]. A reward is per sample, (B,), higher is better.
+- Time runs downwards along `Process.times`; its last entry is the mark TERMINAL, which is not a network time.
+- Classifier-free guidance is uncond + w (cond - uncond); w = 1 is off.
+- `log_prob` is a sum over all dimensions, in float64.
+- Gradients are always taken of a loss (lower is better): `clamp` below lets a clamped pixel's gradient through only if
+  descending it points back inside [0, 1].
+- Random numbers are a pure function of (seed, stream, update, sample, step, k): see `noise`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TERMINAL = -1.0
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the text says what, why, and one remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------- noise
+
+
+class Stream(IntEnum):
+    """What a random draw is for. Two draws with different streams are independent."""
+
+    PRIOR = 0
+    TRANSITION = 1
+    RENOISE = 2
+    LOW_RES = 3
+    COMPLETION = 4
+    RESAMPLE = 5
+    TIMESTEP = 6
+    TRUNCATION = 7
+    SHUFFLE = 8
+    EVAL = 9
+
+
+_WORD = (1 << 64) - 1
+
+
+def generator(seed: int, stream: Stream, update: int, sample: int = -1, step: int = 0, k: int = 0) -> np.random.Generator:
+    """A Philox-4x64 generator at a place of its own: 128 key bits and 192 counter bits hold the whole key."""
+    assert 0 <= stream < 256 and 0 <= update < 1 << 56, (stream, update)
+    counter = np.array([0, k & _WORD, step & _WORD, sample & _WORD], np.uint64)
+    key = np.array([seed & _WORD, stream << 56 | update], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _keyed(draw: str, seed, stream, update, sample, step, k, shape) -> Tensor:
+    samples = [sample] if isinstance(sample, int) else [int(i) for i in sample]
+    ks = [k] if isinstance(k, int) else [int(i) for i in k]
+    out = np.empty((len(samples), len(ks), *shape), np.float32)
+    for i, n in enumerate(samples):
+        for j, c in enumerate(ks):
+            out[i, j] = getattr(generator(seed, stream, update, n, step, c), draw)(size=tuple(shape), dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def noise(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
+          shape: Sequence[int]) -> Tensor:
+    """Standard normals (len(sample), len(k), *shape), float32 on the CPU, a pure function of the arguments.
+
+    `sample` is the global index of a sample in the update's whole batch (-1 for draws about a batch), `k` the candidate.
+    """
+    return _keyed("standard_normal", seed, stream, update, sample, step, k, shape)
+
+
+def uniform(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
+            shape: Sequence[int]) -> Tensor:
+    """The twin of `noise` with uniforms on [0, 1)."""
+    return _keyed("random", seed, stream, update, sample, step, k, shape)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """`noise` bound to (seed, update, the batch's global indices)."""
+
+    seed: int
+    update: int
+    index: tuple[int, ...]
+
+    def __call__(self, stream: Stream, step: int, shape: Sequence[int], k: int = 0) -> Tensor:
+        """(B, *shape) standard normals."""
+        return noise(self.seed, stream, self.update, self.index, step, k, shape)[:, 0]
+
+    def many(self, stream: Stream, step: int, shape: Sequence[int], m: int) -> Tensor:
+        """(B, m, *shape) standard normals, candidate k = 0..m-1."""
+        return noise(self.seed, stream, self.update, self.index, step, range(m), shape)
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Draw:
+        return Draw(self.seed, self.update, tuple(np.asarray(self.index, dtype=np.int64)[_as_index(rows)].tolist()))
+
+
+def _as_index(rows):
+    return rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------- batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is asked for: B prompts and whatever else a reward or a model reads, all row by row.
+
+    `index` holds the global sample indices (B,); `whole` is the update's full list, kept by every slice, and `rows` says
+    where in it the rows stand.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str] | None = None
+    reference: Tensor | None = None
+    low_res: Tensor | None = None
+    cameras: Any = None
+    meta: list[dict] | None = None
+    index: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    parent: Batch | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        count = len(self.prompts)
+        object.__setattr__(self, "index", tuple(self.index) or tuple(range(count)))
+        object.__setattr__(self, "rows", tuple(self.rows) or tuple(range(count)))
+        assert len(self.index) == len(self.rows) == count
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def whole(self) -> Batch:
+        return self.parent or self
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Batch:
+        chosen = np.arange(len(self))[_as_index(rows)].tolist()
+
+        def pick(name, value):
+            if value is None or name == "parent":
+                return self.whole if name == "parent" else None
+            return value[chosen] if isinstance(value, Tensor) else type(value)(value[i] for i in chosen)
+
+        return Batch(**{f.name: pick(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+# ---------------------------------------------------------------------------------------------------- kernel
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """The transition p(x_s | x_t), the type that unites training, guidance and likelihoods."""
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def is_deterministic(self) -> bool: ...
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A draw (B, *S) from standard normals (B, *noise_shape), reparameterised where continuous."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(B,) float64, summed over S. Raises UserError where the kernel is deterministic."""
+        ...
+
+    def log_ratio(self, other: Kernel, x: Tensor) -> Tensor:
+        """(B,) float64, log p(x) - log q(x), subtracted before summing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(mean, std^2): mean (B, *S), std a number or (B, 1, ...)."""
+
+    mean: Tensor
+    std: float | Tensor
+    is_deterministic: bool = False
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return tuple(self.mean.shape[1:])
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean if self.is_deterministic else self.mean + self.std * noise.to(self.mean)
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        if self.is_deterministic:
+            raise UserError("log_prob of a deterministic step: its density does not exist. Use a stochastic sampler (eta > 0).")
+        std = torch.as_tensor(self.std, dtype=torch.float64, device=x.device)
+        z = (x.double() - self.mean.double()) / std
+        return -0.5 * z**2 - std.log() - 0.5 * np.log(2 * np.pi)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._log_density(x).flatten(1).sum(1)
+
+    def log_ratio(self, other: Normal, x: Tensor) -> Tensor:
+        return (self._log_density(x) - other._log_density(x)).flatten(1).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------- process, model, reward
+
+
+class Process(Protocol):
+    """The noising mathematics of one family. Frozen, without a network, built from plain tables."""
+
+    def times(self, steps: int, shape: Sequence[int] | None = None) -> Tensor: ...
+    def alpha(self, t: float | Tensor) -> float | Tensor: ...
+    def sigma(self, t: float | Tensor) -> float | Tensor: ...
+    def forward(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor: ...
+    def reverse(self, x_t: Tensor, x0: Tensor, t: float, s: float) -> Kernel: ...
+    def complete(self, x_t: Tensor, x0: Tensor, noise: Tensor | None = None) -> Tensor: ...
+
+
+class Cond(Protocol):
+    """All that `predict` needs beside x_t and t; row-indexable. `shape` is one sample's latent shape."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows) -> Cond: ...
+
+
+class Model(Protocol):
+    """A diffusion backbone. `predict` is the only network call; everything else is arithmetic or the decoder."""
+
+    process: Process
+    dtype: torch.dtype
+    device: torch.device
+
+    def encode(self, batch: Batch, draw: Draw | None = None) -> Cond: ...
+    def start(self, cond: Cond, draw: Draw, times: Tensor) -> tuple[Tensor, int]: ...
+    def predict(self, x_t: Tensor, t: float | Tensor, cond: Cond, guidance: float) -> Tensor: ...
+    def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor) -> Tensor: ...
+    def decode(self, x0: Tensor) -> Tensor: ...
+    def latents(self, samples: Tensor) -> Tensor: ...
+    def kernel(self, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float,
+               prediction: Tensor | None = None) -> tuple[Kernel, Tensor]: ...
+    def base(self) -> AbstractContextManager: ...
+    def trainable(self) -> dict[str, torch.nn.Parameter]: ...
+
+
+def kernel(model: Model, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float, prediction: Tensor | None = None):
+    """The default `Model.kernel`: one network call (none if `prediction` is given), then the process's reverse step."""
+    out = model.predict(x_t, t, cond, guidance) if prediction is None else prediction
+    return model.process.reverse(x_t, model.x0(x_t, out, t), t, s), out
+
+
+Reward = Callable[[Tensor, Batch], Tensor]
+
+
+def name_of(reward: Reward) -> str:
+    return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
+
+
+def is_differentiable(reward: Reward) -> bool:
+    """What the reward declares; a plain function declares nothing and is taken at its word (and tested at update 0)."""
+    return getattr(reward, "differentiable", True)
+
+
+def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
+    """`reward(samples, batch)` checked: (B,), floating point. Raises UserError naming the reward and what it returned."""
+    value = reward(samples, batch)
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=samples.dtype, device=samples.device)
+    if value.shape != (len(batch),):
+        raise UserError(f"Reward '{name_of(reward)}' returned shape {tuple(value.shape)} for {len(batch)} samples. "
+                        f"A reward returns one number per sample: return a tensor of shape ({len(batch)},).")
+    return value if value.is_floating_point() else value.to(samples.dtype)
+
+
+def scored_parts(reward: Reward, samples: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reward (B,) and its parts by name (itself alone unless it is a combination), each computed once."""
+    if not hasattr(reward, "parts"):
+        value = scored(reward, samples, batch)
+        return value, {name_of(reward): value}
+    parts = reward.parts(samples, batch)
+    return reward.total(parts), parts
+
+
+# ---------------------------------------------------------------------------------------------------- info
+
+
+@dataclass
+class Info:
+    """What an update reports: the samples its loss sums over, per-sample columns (B,), scalars, pictures, and call counts."""
+
+    samples: int
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    images: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- small mathematics
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        outside = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
+        return gradient.masked_fill(outside, 0)
+
+
+def clamp(x: Tensor) -> Tensor:
+    """Clamp to [0, 1]. Backward, of a loss: a clamped value keeps its gradient only if descending it leads back inside."""
+    return _Clamp.apply(x)
+
+
+def in_pieces(function: Callable[[slice], None], n: int, size: int) -> int:
+    """Call a pure function on slices of range(n) of at most `size` rows; halve the piece when memory runs out. Returns the size reached."""
+    at = 0
+    while at < n:
+        try:
+            function(slice(at, min(n, at + size)))
+            at += size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError("Out of memory with one sample at a time. Use a smaller picture, fewer parts, or bfloat16 "
+                                "(--dtype bfloat16).") from error
+            size = max(1, size // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return size
+
+
+def gather(values: Tensor, index: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Values (B, ...) of all processes with their global sample indices, sorted by sample; padded all_gather of tensors."""
+    index = torch.as_tensor(list(index), device=values.device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(world)]
+        torch.distributed.all_gather(counts, torch.tensor([len(index)], device=values.device))
+        longest = int(torch.stack(counts).max())
+
+        def everyone(x: Tensor) -> Tensor:
+            padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+            parts = [torch.empty_like(padded) for _ in range(world)]
+            torch.distributed.all_gather(parts, padded.contiguous())
+            return torch.cat([p[: int(c)] for p, c in zip(parts, counts, strict=True)])
+
+        values, index = everyone(values), everyone(index)
+    order = index.argsort(stable=True)
+    return values[order], index[order]

@@ -1,0 +1,59 @@
+"""Finds a model by what the user wrote: a bundled name, a diffusers folder, a hub id, or their own `file.py:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from tropism import plugin
+from tropism.core import Model, UserError
+from tropism.models.lora import LoraSettings
+from tropism.models.stable_diffusion import StableDiffusion
+from tropism.worlds import weights
+
+BUNDLED = {"shapes": "shapes/model"}
+_NEEDED = ("process", "dtype", "device", "encode", "start", "predict", "x0", "decode", "latents", "kernel", "base",
+           "trainable")
+
+
+def _own(spec: str) -> Model:
+    made = plugin.load_object(spec)
+    try:
+        model = made() if isinstance(made, type) else made
+    except TypeError as error:
+        raise UserError(f"{spec} cannot be made without arguments ({error}). Give its arguments defaults.") from error
+    missing = [name for name in _NEEDED if not hasattr(model, name)]
+    if missing:
+        raise UserError(f"{spec} is not a model yet: it lacks {', '.join(missing)}. See tropism.core.Model.")
+    return model
+
+
+def _unknown(source: str) -> UserError:
+    close = difflib.get_close_matches(source, BUNDLED, 1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Bundled: {', '.join(BUNDLED)}."
+    return UserError(f"There is no model {source!r}: not a bundled name, not a folder, not a hub id (org/name), not "
+                     f"file.py:Class. {hint}")
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+               lora: LoraSettings | None = LoraSettings(), full: bool = False, eta: float = 0.0,  # noqa: B008 frozen
+               checkpointing: bool | None = None, height: int | None = None, width: int | None = None) -> Model:
+    """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, or "file.py:Class".
+
+    The options are StableDiffusion.load's; a user's own class is made without arguments and none of them reaches it.
+    Raises UserError if nothing of that name exists, with the nearest bundled name.
+    """
+    source = str(source)
+    if plugin.is_spec(source):
+        return _own(source)
+    found: str | Path = weights.path(BUNDLED[source]) if source in BUNDLED else Path(source).expanduser()
+    if not Path(found).is_dir():
+        if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
+            raise _unknown(source)
+        found = source
+    return cast(Model, StableDiffusion.load(found, dtype=dtype, device=device, lora=lora, full=full, eta=eta,
+                                            checkpointing=checkpointing, height=height, width=width))

@@ -1,0 +1,305 @@
+"""Low-rank adapters on a backbone's attention projections: attach, switch, scale, save, load, verify and mix.
+
+Source: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tropism.core import Batch, Draw, UserError
+
+if TYPE_CHECKING:
+    from tropism.models.stable_diffusion import StableDiffusion
+
+FILE = "pytorch_lora_weights.safetensors"
+_NAME = "default"
+# what other writers call the two factors, and peft's name for them
+_ALIASES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.", ".lora_linear_layer.down.": ".lora_A.",
+            ".lora_linear_layer.up.": ".lora_B."}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """W + (alpha / rank) B A on every module whose name ends in one of `targets`; alpha None means alpha = rank.
+
+    `seed` draws A, normal with standard deviation 1 / rank; B starts at 0. Raises UserError for a rank below 1.
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"The LoRA rank is {self.rank}; it must be at least 1. Try --rank 4.")
+        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return (self.alpha or 0.0) / self.rank
+
+
+# ---------------------------------------------------------------------------------------------------- in memory
+
+
+def _layers(network: nn.Module) -> list[LoraLayer]:
+    return [m for m in network.modules() if isinstance(m, LoraLayer)]
+
+
+def factors(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's factors by peft's key, sorted: "...to_q.lora_A.weight" (rank, in), "...lora_B..." (out, rank)."""
+    found = {n.replace(f".{_NAME}.", "."): p for n, p in network.named_parameters() if f".{_NAME}." in n}
+    return dict(sorted(found.items()))
+
+
+def attach(network: Any, settings: LoraSettings, dtype: torch.dtype) -> None:
+    """Give a diffusers network a fresh adapter, its factors in `dtype`, trainable; replaces the one it has.
+
+    Raises UserError if no module matches the targets.
+    """
+    if getattr(network, "peft_config", {}):
+        network.delete_adapters(_NAME)
+    config = LoraConfig(r=settings.rank, target_modules=list(settings.targets))
+    config.lora_alpha = settings.alpha  # pyright: ignore[reportAttributeAccessIssue] peft divides whatever it is
+    try:
+        with torch.random.fork_rng():  # peft draws an A of its own; the caller's generator must not notice
+            network.add_adapter(config, _NAME)
+    except ValueError as error:
+        raise UserError(f"No module of {type(network).__name__} matches the LoRA targets "
+                        f"{', '.join(settings.targets)}. Try "
+                        f" --targets {','.join(LoraSettings().targets)}.") from error
+    for i, (name, p) in enumerate(factors(network).items()):
+        p.data = p.data.to(dtype)
+        if ".lora_A." in name:
+            drawn = np.random.default_rng([settings.seed, i]).standard_normal(tuple(p.shape))
+            p.data.copy_(torch.from_numpy(drawn / settings.rank))
+
+
+def is_on(network: nn.Module) -> bool:
+    """Whether the adapter acts; True for a network without one."""
+    return not next((m.disable_adapters for m in network.modules() if isinstance(m, LoraLayer)), False)
+
+
+@contextmanager
+def switched(network: nn.Module, on: bool) -> Iterator[None]:
+    """The adapter on or off inside; nests, and restores what it found, also after an error."""
+    before = is_on(network)
+    try:
+        _switch(network, on)
+        yield
+    finally:
+        _switch(network, before)
+
+
+def _switch(network: nn.Module, on: bool) -> None:
+    if is_on(network) == on:
+        return
+    for layer in _layers(network):
+        wanted = [(p, p.requires_grad) for p in cast(nn.Module, layer).parameters()]
+        layer.enable_adapters(on)  # peft also freezes or unfreezes the factors; undone below: trainable() never changes
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+
+
+def scale(model: StableDiffusion, s: float) -> None:
+    """Multiply the adapter's effect: 0 is the base model, 1 what was trained. What is saved does not change."""
+    for layer in _layers(model.unet):
+        layer.set_scale(_NAME, s)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+def _settings_of(model: StableDiffusion) -> LoraSettings:
+    if model.lora is None:
+        raise UserError("This model has no LoRA adapter: it was loaded with lora=None. Pass lora=LoraSettings().")
+    return model.lora
+
+
+def save(model: StableDiffusion, folder: str | Path) -> Path:
+    """Write FILE as diffusers' `pipe.load_lora_weights(folder)` reads it, with adapter metadata. Returns the file.
+
+    Without the metadata diffusers takes alpha = rank, without a warning. peft's own key names are written throughout:
+    diffusers decides how to read a file by its first key.
+    """
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Writer
+
+    _settings_of(model)
+    layers: dict[str, nn.Module | Tensor] = {k: p.detach().cpu().contiguous() for k, p in factors(model.unet).items()}
+    metadata = {**model.unet.peft_config[_NAME].to_dict(), "inference_mode": True}
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    Writer.save_lora_weights(str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    return Path(folder) / FILE
+
+
+def _file(folder: str | Path) -> Path:
+    path = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
+    if path.suffix != ".safetensors" and path.is_file():
+        raise UserError(f"{path} is not a safetensors file; a pickle can run code when it is read, so it is refused. "
+                        f"Ask its author for {FILE}.")
+    if not path.is_file():
+        pickles = [p.name for p in Path(folder).glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f" It has {', '.join(pickles)}, a pickle, which is never read." if pickles else ""
+        raise UserError(f"There is no {FILE} in {folder}.{found} Name a finished adapter's folder, such as RUN/lora.")
+    return path
+
+
+def read(folder: str | Path) -> tuple[dict[str, Tensor], LoraSettings, bool]:
+    """The factors of a saved adapter by peft's keys, its settings, and whether the file carries metadata.
+
+    Raises UserError for a missing, broken or pickled file and for rank or alpha patterns, rsLoRA and DoRA.
+    """
+    path = _file(folder)
+    try:
+        with safe_open(path, "pt") as f:
+            layers = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 not a dict
+            metadata = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}). Copy it again, or export the run "
+                        "anew.") from error
+    metadata = {k.removeprefix("unet."): v for k, v in metadata.items() if k.startswith("unet.")}
+    odd = [k for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if metadata.get(k)]
+    if odd:
+        raise UserError(f"{path} uses {', '.join(odd)}, which cannot be read here. Merge it into the base with "
+                        "pipe.fuse_lora() of diffusers, save the pipeline and use that folder as the model.")
+    layers = {_plain(k): v for k, v in layers.items()}
+    rank = metadata.get("r") or next((len(v) for k, v in layers.items() if ".lora_A." in k), 1)
+    targets = metadata.get("target_modules")
+    if not isinstance(targets, list):  # none, or a regular expression
+        targets = sorted({_module(k) for k in layers})
+    return layers, LoraSettings(rank, metadata.get("lora_alpha"), tuple(targets)), bool(metadata)
+
+
+def _plain(key: str) -> str:
+    for theirs, ours in _ALIASES.items():
+        key = key.replace(theirs, ours)
+    return key.removeprefix("unet.")
+
+
+def _module(key: str) -> str:
+    return key.split(".lora_")[0]
+
+
+def _mismatch(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    shaped = [f"{k} is {tuple(theirs[k].shape)}, expected {tuple(mine[k].shape)}"
+              for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
+    lists = {"missing": sorted(mine.keys() - theirs.keys()), "unexpected": sorted(theirs.keys() - mine.keys()),
+             "shape": shaped}
+    return [f"{name} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+            for name, keys in lists.items() if keys]
+
+
+def load(model: StableDiffusion, folder: str | Path) -> None:
+    """Read a saved adapter into the model's own, in place. Rank, targets and alpha must agree.
+
+    Raises UserError listing the missing, unexpected and differently shaped keys; nothing is changed then.
+    """
+    settings, mine = _settings_of(model), factors(model.unet)
+    theirs, saved, has_metadata = read(folder)
+    wrong = _mismatch(mine, theirs)
+    if wrong:
+        raise UserError(f"The adapter in {folder} does not fit this model's (rank {settings.rank}, targets "
+                        f"{', '.join(settings.targets)}): {'; '.join(wrong)}. Load the model with its own: "
+                        f"--rank {saved.rank} --alpha {saved.alpha:g} --targets {','.join(saved.targets[:6])}.")
+    if saved.alpha != settings.alpha:
+        why = "" if has_metadata else " (the file carries no metadata, so alpha = rank)"
+        raise UserError(f"The adapter in {folder} has alpha {saved.alpha:g}{why}; this model's is {settings.alpha:g}. "
+                        f"Load the model with --alpha {saved.alpha:g}.")
+    with torch.no_grad():
+        for key, p in mine.items():
+            p.copy_(theirs[key])
+
+
+# ---------------------------------------------------------------------------------------------------- trust, and mixtures
+
+
+@torch.no_grad()
+def _pictures(model: StableDiffusion, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
+    """(B, 3, H, W) by deterministic DDIM from keyed noise."""
+    batch, process = Batch(list(prompts)), replace(model.process, eta=0.0)
+    cond, times = model.encode(batch), process.times(steps)
+    x, _ = model.start(cond, Draw(seed, 0, batch.index), times)
+    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        x = process.reverse(x, model.x0(x, model.predict(x, t, cond, guidance), t), t, s).mean
+    return model.decode(x)
+
+
+def verify(model: StableDiffusion, folder: str | Path, *, prompts: Sequence[str] = ("a picture",), seed: int = 0,
+           steps: int = 4, guidance: float = 3.0, tolerance: float | None = None) -> float:
+    """Load the adapter into a fresh, plain diffusers pipeline and compare pictures with the model in memory.
+
+    Returns the largest difference of a pixel in [0, 1]. Raises UserError above `tolerance` (1e-4, or 0.01 in half
+    precision). Counts no network calls.
+    """
+    tolerance = tolerance if tolerance is not None else 1e-4 if torch.finfo(model.dtype).bits >= 32 else 0.01
+    counted, other = dict(model.calls), model.reloaded(folder)
+    mine, theirs = (_pictures(m, prompts, seed=seed, steps=steps, guidance=guidance) for m in (model, other))
+    model.calls.update(counted)
+    difference = (mine - theirs).abs().max().item()
+    if not difference <= tolerance:  # a NaN fails too
+        raise UserError(f"The adapter saved in {folder} does not draw what the model in memory draws: a pixel differs "
+                        f"by {difference:.3g}, the limit is {tolerance:g}. Keep the checkpoint and save again at scale "
+                        "1 with matching diffusers and peft.")
+    return difference
+
+
+def _widened(parts: list[tuple[float, dict[str, Tensor], LoraSettings]], key: str, dtype: torch.dtype) -> Tensor:
+    """One factor of the mixture: the A's stacked, and the B's side by side, each times weight * alpha / rank."""
+    shape = next(layers[key].shape for _, layers, _ in parts if key in layers)
+    is_a, rows = ".lora_A." in key, []
+    for weight, layers, own in parts:
+        size = (own.rank, *shape[1:]) if is_a else (shape[0], own.rank, *shape[2:])
+        factor = layers[key].to(dtype) if key in layers else torch.zeros(size, dtype=dtype)
+        rows.append(factor if is_a else weight * own.scale * factor)
+    return torch.cat(rows, 0 if is_a else 1)
+
+
+def _unfit(network: nn.Module, layers: Mapping[str, Tensor]) -> list[str]:
+    """The keys that name no module of this network, or one of another width."""
+    modules = dict(network.named_modules())
+
+    def fits(key: str, factor: Tensor) -> bool:
+        weight, side = getattr(modules.get(_module(key)), "weight", None), 1 if ".lora_A." in key else 0
+        return weight is not None and factor.ndim == weight.ndim and factor.shape[side] == weight.shape[side]
+
+    return [key for key, factor in layers.items() if not fits(key, factor)]
+
+
+def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
+    """Replace the model's adapter by sum_i w_i (alpha_i / rank_i) B_i A_i over finished adapters {folder: weight}.
+
+    The products are summed, as one adapter of the summed rank that `save` can write; factors are never averaged. Ranks,
+    alphas and targets may differ. Raises UserError if an adapter does not fit this base, which then stays as it was.
+    """
+    if not weights:
+        raise UserError("There is no adapter to mix. Name at least one folder and its weight.")
+    parts = [(float(w), *read(folder)[:2]) for folder, w in weights.items()]
+    for folder, (_, layers, _) in zip(weights, parts, strict=True):
+        odd = _unfit(model.unet, layers)
+        if odd:
+            raise UserError(f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters of "
+                            "the same base model.")
+    ranks = sum(own.rank for _, _, own in parts)
+    targets = dict.fromkeys(t for _, _, own in parts for t in own.targets)
+    model.lora = LoraSettings(ranks, ranks, tuple(targets))
+    attach(model.unet, model.lora, torch.promote_types(model.dtype, torch.float32))
+    held = {key for _, layers, _ in parts for key in layers}
+    with torch.no_grad():
+        for key, p in factors(model.unet).items():
+            p.copy_(_widened(parts, key, p.dtype) if key in held else torch.zeros_like(p))

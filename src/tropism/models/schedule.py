@@ -1,0 +1,79 @@
+"""Reads a diffusers scheduler's configuration into a VP process: plain float64 tables, never a scheduler's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.core import UserError
+from tropism.process.gaussian import VP
+
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def _cosine(n: int) -> Tensor:
+    """Improved DDPM's cosine schedule, betas capped at 0.999; arXiv 2102.09672, eq. 17."""
+    bar = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.tensor([min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)], dtype=torch.float64)
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    n, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule")
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    if kind == "squaredcos_cap_v2":
+        return _cosine(n)
+    if kind == "linear":
+        return torch.linspace(config["beta_start"], config["beta_end"], n, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n, dtype=torch.float64) ** 2
+    raise UserError(f"The scheduler's beta_schedule is {kind!r}; known are linear, scaled_linear, squaredcos_cap_v2 "
+                    "and trained_betas. Choose a Stable Diffusion 1.x or 2.x model, or write one: file.py:Class.")
+
+
+def _zero_snr(bars: Tensor) -> Tensor:
+    """Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891, algorithm 1."""
+    root = bars.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def alpha_bars(config: Mapping[str, Any]) -> tuple[float, ...]:
+    """The table abar_0..abar_{n-1} of a scheduler's configuration, in float64. UserError for an unknown schedule."""
+    bars = torch.cumprod(1 - _betas(config), 0)
+    if config.get("rescale_betas_zero_snr"):
+        if config.get("prediction_type", "epsilon") == "epsilon":
+            raise UserError("The scheduler asks for zero terminal SNR (rescale_betas_zero_snr) with epsilon prediction: "
+                            "at the first step x_0 would be divided by zero. Set rescale_betas_zero_snr to false in "
+                            "scheduler/scheduler_config.json.")
+        bars = _zero_snr(bars)
+    return tuple(bars.tolist())
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What the network predicts: "epsilon", "v_prediction" or "sample"."""
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise UserError(f"The scheduler's prediction_type is {kind!r}; it must be one of {', '.join(PREDICTIONS)}. "
+                        "Correct it in scheduler/scheduler_config.json.")
+    return kind
+
+
+def process(config: Mapping[str, Any], eta: float = 0.0) -> VP:
+    """DDIM on the model's own betas and spacing, whatever scheduler its folder names.
+
+    config: a scheduler's full configuration, with `_class_name`. `clip_sample` is never read: x_0 of a latent model has
+    no bounds, and a clamp would silently zero gradients. Raises UserError for what is not a variance-preserving table.
+    """
+    bars, spacing, name = alpha_bars(config), config.get("timestep_spacing", "leading"), config.get("_class_name", "")
+    if spacing not in SPACINGS:
+        raise UserError(f"The scheduler's timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}. "
+                        "Correct it in scheduler/scheduler_config.json.")
+    # only these two have a final alpha-bar of their own; the others end at the clean state
+    defaults = {"DDIMScheduler": True, "PNDMScheduler": False}
+    to_one = config.get("set_alpha_to_one", defaults[name]) if name in defaults else True
+    return VP(bars, spacing, config.get("steps_offset", 0), eta, 1.0 if to_one else bars[0])

@@ -1,0 +1,109 @@
+"""Gaussian noising processes: x_t = alpha_t x_0 + sigma_t eps, and the reverse step as a Kernel.
+
+`VP` is the variance-preserving chain of DDPM, DDIM and Stable Diffusion, on the model's own table of alpha-bars and its own
+grid of times. A flow-matching process is one more class with the same methods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropism.core import TERMINAL, Normal, UserError
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...) with like's dtype and device."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class VP:
+    """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), DDIM steps with eta in [0, 1].
+
+    alpha_bars: the table (n,) as Python floats, looked up at the integer time, never interpolated.
+    spacing: "leading" (with `offset`), "trailing" or "linspace", as the model's own pipeline spaces its times.
+    final: alpha-bar at TERMINAL; 1 for DDPM, the scheduler's own for DDIM (SD 1.5: alpha_bars[0]).
+    Source: Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16.
+    """
+
+    alpha_bars: tuple[float, ...]
+    spacing: str = "leading"
+    offset: int = 0
+    eta: float = 0.0
+    final: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta is {self.eta}; it must lie in [0, 1] (0: deterministic DDIM, 1: DDPM). Try --eta 0.")
+
+    def times(self, steps: int, shape: Sequence[int] | None = None) -> Tensor:
+        """(steps + 1,) float64 on the CPU: the pipeline's own times, downwards, then TERMINAL."""
+        n = len(self.alpha_bars)
+        if not 1 <= steps <= n:
+            raise UserError(f"steps is {steps}; this model has times 0..{n - 1}, so steps must lie in 1..{n}. Try --steps 50.")
+        if self.spacing == "leading":
+            grid = torch.arange(steps).flip(0) * (n // steps) + self.offset
+        elif self.spacing == "trailing":
+            grid = torch.tensor([round(n - i * n / steps) - 1 for i in range(steps)])
+        else:
+            grid = torch.linspace(0, n - 1, steps, dtype=torch.float64).round().flip(0)
+        return torch.cat([grid.double().clamp(0, n - 1), torch.tensor([TERMINAL], dtype=torch.float64)])
+
+    def alpha_bar(self, t: float | Tensor) -> float | Tensor:
+        """abar at a time or at (B,) times; float or (B,) float64."""
+        if isinstance(t, Tensor) and t.ndim:
+            table = torch.tensor((*self.alpha_bars, self.final), dtype=torch.float64, device=t.device)
+            return table[t.long()]
+        t = float(t)
+        return self.final if t == TERMINAL else self.alpha_bars[int(t)]
+
+    def alpha(self, t: float | Tensor) -> float | Tensor:
+        bar = self.alpha_bar(t)
+        return bar.sqrt() if isinstance(bar, Tensor) else math.sqrt(bar)
+
+    def sigma(self, t: float | Tensor) -> float | Tensor:
+        bar = self.alpha_bar(t)
+        return (1 - bar).sqrt() if isinstance(bar, Tensor) else math.sqrt(1 - bar)
+
+    def _schedule(self, t, like: Tensor):
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return (_wide(alpha, like), _wide(sigma, like)) if isinstance(alpha, Tensor) else (alpha, sigma)
+
+    def forward(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """x_t (B, *S) from a clean state and standard normals."""
+        alpha_t, sigma_t = self._schedule(t, x0)
+        return alpha_t * x0 + sigma_t * noise.to(x0)
+
+    def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor, prediction: str) -> Tensor:
+        """The clean state a native output stands for; prediction is "epsilon", "v_prediction" or "sample". Linear in x_t and out."""
+        alpha_t, sigma_t = self._schedule(t, x_t)
+        if prediction == "epsilon":
+            return (x_t - sigma_t * out) / alpha_t
+        return alpha_t * x_t - sigma_t * out if prediction == "v_prediction" else out
+
+    def reverse(self, x_t: Tensor, x0: Tensor, t: float, s: float) -> Normal:
+        """p(x_s | x_t) given the predicted x_0: DDIM eq. 12, with eq. 16's sigma scaled by eta."""
+        bar_t, bar_s = self.alpha_bar(t), self.alpha_bar(s)
+        std = self.eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(max(0.0, 1 - bar_t / bar_s))
+        eps = (x_t - math.sqrt(bar_t) * x0) / math.sqrt(1 - bar_t)
+        mean = math.sqrt(bar_s) * x0 + math.sqrt(max(0.0, 1 - bar_s - std**2)) * eps
+        return Normal(mean, std, is_deterministic=std == 0)
+
+    def complete(self, x_t: Tensor, x0: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The clean state after the last step: x_t itself for a Gaussian chain."""
+        return x_t
+
+
+def linear_coefficients(process: VP, times: Sequence[float], prediction: str) -> list[tuple[float, float]]:
+    """(a, b) of each deterministic step, mean = a x_t + b out: the closed forms that tests and DRTune's path use."""
+    coefficients = []
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        a, b = (process.reverse(x, process.x0(x, out, t, prediction), t, s).mean.item() for x, out in ((one, zero), (zero, one)))
+        coefficients.append((a, b))
+    return coefficients

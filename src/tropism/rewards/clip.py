@@ -1,0 +1,130 @@
+"""Image-text alignment: the cosine of a picture and its prompt under a CLIP model, differentiable in the picture.
+
+Preprocessing is done in torch: a pass through PIL or 8-bit integers would cut the gradient.
+Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); CLIP, arXiv 2103.00020.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tropism.core import Batch, UserError
+from tropism.rewards.frozen import Frozen, at_least_float32
+from tropism.worlds import weights
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """What CLIP sees: shorter side to `size` (bicubic, antialiased), centre crop, normalised.
+
+    (B, 3, H, W) in [0, 1] -> (B, 3, size, size). Differentiable; within two grey levels of PIL, which rounds to 8 bits.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    if short != size:
+        # Two passes, clamped after each as in PIL: bicubic overshoots at edges, and CLIP has never seen that.
+        for to in ((height, size * width // short), (size * height // short, size * width // short)):
+            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = ((n - size) // 2 for n in images.shape[-2:])
+    images = images[..., top : top + size, left : left + size]
+    return (images - images.new_tensor(mean).reshape(3, 1, 1)) / images.new_tensor(std).reshape(3, 1, 1)
+
+
+class Clip:
+    """A frozen CLIPModel with its tokenizer: unit embeddings of pictures and of prompts. `width` is their length."""
+
+    def __init__(self, model: Any, tokenizer: Any, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD):
+        self.frozen, self.tokenizer, self.mean, self.std = Frozen(model), tokenizer, mean, std
+        self.size: int = model.config.vision_config.image_size
+        self.width: int = model.config.projection_dim
+        self.longest: int = model.config.text_config.max_position_embeddings
+        self._texts: dict[tuple, Tensor] = {}
+
+    def images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> unit embeddings (B, width), differentiable."""
+        pixels = clip_pixels(images.to(at_least_float32(images)), self.size, self.mean, self.std)
+        return F.normalize(_pooled(self.frozen.like(images).get_image_features(pixel_values=pixels)), dim=-1)
+
+    def texts(self, prompts: list[str], like: Tensor) -> Tensor:
+        """Unit embeddings (B, width) of prompts, without gradient, on `like`'s device and in its precision; cached.
+
+        Raises UserError for a prompt longer than the text encoder reads.
+        """
+        return torch.stack([self._text(p, like) for p in prompts])
+
+    @torch.no_grad()
+    def _text(self, prompt: str, like: Tensor) -> Tensor:
+        # One prompt a call: its bits must not depend on its company, for a resumed run starts with an empty cache.
+        key = (prompt, at_least_float32(like), like.device)
+        if key not in self._texts:
+            tokens = self.tokenizer([prompt], return_tensors="pt")
+            self._check_length(prompt, tokens["input_ids"].shape[1])
+            tokens = {name: tokens[name].to(like.device) for name in ("input_ids", "attention_mask")}
+            features = _pooled(self.frozen.like(like).get_text_features(**tokens))
+            self._texts[key] = F.normalize(features, dim=-1)[0]
+        return self._texts[key]
+
+    def _check_length(self, prompt: str, length: int) -> None:
+        if length > self.longest:
+            raise UserError(f"The prompt {prompt[:60]!r}... has {length} tokens; this CLIP reads {self.longest} and "
+                            "would ignore the rest. Shorten the prompt.")
+
+
+def _pooled(features: Any) -> Tensor:
+    """transformers 4 returns the embedding itself, transformers 5 an output that holds it."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+class ClipScore:
+    """The reward cos(picture, prompt), (B,) in [-1, 1]. Differentiable."""
+
+    differentiable = True
+
+    def __init__(self, clip: Clip, name: str = "clip"):
+        self.clip, self.name = clip, name
+
+    def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
+        return (self.clip.images(samples) * self.clip.texts(batch.prompts, samples)).sum(-1)
+
+
+@lru_cache(maxsize=2)
+def load_clip(source: str) -> Clip:
+    """The CLIP of a transformers folder or hub id, in float32. Raises UserError where none can be read."""
+    from transformers import AutoTokenizer, CLIPModel  # slow to import, and most rewards do without
+
+    try:
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{source}' holds no CLIP model with a tokenizer: {str(error).splitlines()[0]} "
+                        "Give a folder saved by transformers' CLIPModel, or a hub id such as "
+                        "openai/clip-vit-base-patch32.") from error
+    return Clip(model, tokenizer, *_normalisation(source))
+
+
+def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std from the folder's preprocessor file; OpenAI's where it has none."""
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    try:
+        settings, _ = BaseImageProcessor.get_image_processor_dict(source)
+    except OSError:
+        settings = {}
+    return tuple(settings.get("image_mean", MEAN)), tuple(settings.get("image_std", STD))
+
+
+def clip_score(source: str) -> ClipScore:
+    """The reward `clip:SOURCE` of a transformers folder or hub id."""
+    return ClipScore(load_clip(source), f"clip:{source}")
+
+
+def shapes_alignment() -> ClipScore:
+    """The reward `shapes-alignment`: the shapes world's bundled CLIP. Its measure is worlds.shapes.accuracy, "all"."""
+    return ClipScore(load_clip(str(weights.path("shapes/clip"))), "shapes-alignment")

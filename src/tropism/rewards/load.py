@@ -1,0 +1,90 @@
+"""Rewards by name: what follows `--reward`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from tropism import plugin
+from tropism.core import Reward, UserError, is_differentiable, name_of
+from tropism.rewards import aesthetic, clip, count, jpeg
+from tropism.rewards.combine import weighted
+from tropism.rewards.named import Named
+
+BUILT_IN = {
+    "jpeg": jpeg.compressibility,
+    "jpeg-bytes": jpeg.black_box,
+    "incompressibility": jpeg.incompressibility,
+    "shapes-alignment": clip.shapes_alignment,
+    "shapes-count": count.shapes_count,
+    "shapes-aesthetic": aesthetic.shapes_aesthetic,
+}
+_FORMS = "clip:FOLDER or clip:HUB-ID, and file.py:function"
+_WITHOUT_GRADIENT = "guide svdd, guide best-of-n or align ddpo (all three planned, none built yet)"
+
+
+def load_reward(text: str) -> Reward:
+    """The reward of "NAME" or "NAME=WEIGHT"; NAME is built in, "clip:FOLDER", "clip:HUB-ID" or "file.py:function".
+
+    Raises UserError for an unknown name or a weight that is not a number.
+    """
+    return load_rewards([text])
+
+
+def load_rewards(texts: Iterable[str]) -> Reward:
+    """One reward of several "NAME[=WEIGHT]": the reward itself if it is one of weight 1, else their weighted sum."""
+    pairs = [split(text) for text in texts]
+    loaded = [(_named(name), weight) for name, weight in pairs]
+    return loaded[0][0] if [weight for _, weight in loaded] == [1.0] else weighted(loaded)
+
+
+def split(text: str) -> tuple[str, float]:
+    """ "NAME=WEIGHT" at its last "=" -> (NAME, WEIGHT); without a weight, 1. Raises UserError."""
+    name, equals, weight = text.rpartition("=")
+    if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"The weight in --reward {text} is {weight!r}; it must be a finite number. "
+                        f"Try --reward {name}=0.3.")
+    return name, number
+
+
+def _named(name: str) -> Reward:
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name.startswith("clip:"):
+        return clip.clip_score(name.removeprefix("clip:"))
+    if ".py:" in name:
+        return _users(name)
+    near = get_close_matches(name, BUILT_IN, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(f"There is no reward '{name}'. {hint}Known are {', '.join(BUILT_IN)}, {_FORMS}.")
+
+
+def _users(place: str) -> Reward:
+    """A user's function, under its own `name` if it has one. Undeclared, its gradient is taken to be real."""
+    loaded: Any = plugin.load_object(place)
+    function: Reward = loaded
+    if not callable(loaded) or isinstance(loaded, type):
+        kind = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__name__}"
+        raise UserError(f"{place} is {kind}; a reward is a function (samples, batch) -> (B,). "
+                        "Name a function or an instance.")
+    if hasattr(function, "name") and hasattr(function, "differentiable"):
+        return function
+    return Named(name_of(function), is_differentiable(function), function)
+
+
+def require_gradient(reward: Reward, method: str) -> None:
+    """Raises UserError if `method` ("align alignprop") needs a gradient that this reward does not have."""
+    if is_differentiable(reward):
+        return
+    blocking = ", ".join(getattr(reward, "blocking", (name_of(reward),)))
+    instead = " For compressibility with a gradient use --reward jpeg." if "jpeg-bytes" in blocking else ""
+    raise UserError(f"{method} follows the reward's gradient, and {blocking} has none.{instead} "
+                    f"Methods that can use it: {_WITHOUT_GRADIENT}.")

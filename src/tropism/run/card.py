@@ -1,0 +1,98 @@
+"""The model card of a run: README.md with front matter for the hub, numbers, and how to load the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from tropism.run.pictures import plain
+from tropism.run.report import Finished, number, rows, spread
+
+
+def safe(text: str) -> str:
+    """Any text as one line of Markdown that shows exactly that text: no markup, no HTML, no link, no table cell, no
+    list.
+    """
+    escaped = re.sub(r"([\\`*_{}\[\]()#!|~:@])", r"\\\1", html.escape(plain(text), quote=False))
+    return re.sub(r"^(\d*)([-+.=])", r"\1\\\2", escaped)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def prompts_hash(prompts: list[str]) -> str:
+    """sha256 of the prompts in order, as a JSON list."""
+    return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _front_matter(run: Finished) -> str:
+    head = {
+        "library_name": "diffusers",
+        "base_model": run.base,
+        "tags": ["lora", "text-to-image", "diffusers", "tropism", run.method],
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _numbers(run: Finished) -> str:
+    head = "| held-out | before | after | change | ± s.e. |\n|---|---:|---:|---:|---:|"
+    lines = [f"| {safe(r.name)} | {number(r.before)} | {number(r.after)} | {r.change:+.4g} | {number(r.error)} |"
+             for r in rows(run.before, run.after)]
+    return "\n".join([head, *lines])
+
+
+def _loading(run: Finished) -> str:
+    prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
+    return fenced("from diffusers import DiffusionPipeline\n\n"
+                  f"pipe = DiffusionPipeline.from_pretrained({run.load})\n"
+                  'pipe.load_lora_weights("lora")  # this folder\'s lora/\n'
+                  f"pipe({prompt}).images[0].save(\"picture.png\")", "python")
+
+
+def card(run: Finished) -> str:
+    """README.md as text; everything that came from data is escaped."""
+    rewards = "\n".join(f"- {safe(name)}, weight {weight:g}" for name, weight in run.rewards.items())
+    shown = "\n".join(f"- {safe(run.prompts[i])}" for i in spread(len(run.prompts), 5))
+    limits = "\n".join(f"- {safe(x)}" for x in run.limits) or "- None recorded."
+    updates = max((r["update"] for r in run.lines), default=0)
+    return (
+        "\n\n".join(
+            [
+                _front_matter(run),
+                f"# {safe(run.method)} adapter for {safe(run.base)}",
+                f"A LoRA adapter trained with Tropism ({safe(run.method)}) for {updates} updates, seed {run.seed}.",
+                "![before and after](before_after.png)",
+                "## Use",
+                _loading(run),
+                "## Numbers",
+                f"{len(run.before.prompts)} held-out pictures, the same seeds before and after; the change is paired.",
+                _numbers(run),
+                "![curves](reward.png)",
+                "## Rewards",
+                rewards,
+                "## Prompts",
+                f"{len(run.prompts)} training prompts, sha256 `{prompts_hash(run.prompts)}`, for example:\n\n{shown}",
+                "## Limits",
+                limits,
+                "## Repeat it",
+                fenced(run.command, "sh"),
+            ]
+        )
+        + "\n"
+    )
+
+
+def write(out: Path | str, run: Finished) -> Path:
+    """Write README.md into a run folder; returns its path."""
+    path = Path(out) / "README.md"
+    path.write_text(card(run), encoding="utf-8", errors="replace")
+    return path

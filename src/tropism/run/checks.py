@@ -1,0 +1,67 @@
+"""A run that cannot learn, or has broken, stops and says why."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tropism.core import Info, UserError
+
+_METHODS = "or take a method that needs no gradient (tropism align ddpo, tropism guide svdd)"
+
+
+def has_graph(loss: Tensor, update: int) -> None:
+    """Raises UserError if the loss cannot be differentiated."""
+    if not loss.requires_grad:
+        raise UserError(
+            f"Update {update}: the loss has no graph, so nothing can be learned from it. The reward, or a step before "
+            "it, cuts its result off from the picture: torch.no_grad, .detach(), rounding, numpy or PIL. Write the "
+            f"reward in torch operations, {_METHODS}."
+        )
+
+
+def bad_rewards(info: Info) -> tuple[int, int]:
+    """(samples with a non-finite reward, samples)."""
+    reward = info.columns.get("reward")
+    return (0, 0) if reward is None else (int((~torch.isfinite(reward)).sum()), reward.numel())
+
+
+def finite(update: int, loss: float, norm: float, bad: float, count: float, info: Info, kept: str) -> None:
+    """Raises UserError if the reward of any sample, the loss or the gradient is not finite; `kept` says what is safe.
+    """
+    if bad:
+        wrong = [n for n, v in info.columns.items() if n != "reward" and not bool(torch.isfinite(v).all())]
+        raise UserError(
+            f"Update {update}: the reward is not finite for {bad:.0f} of {count:.0f} samples ({bad / count:.0%})"
+            + (f", in {', '.join(wrong)}" if wrong else "")
+            + f". {kept} "
+            "Make the reward finite for every picture: guard logarithms, roots and divisions with a small constant."
+        )
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        what = f"the gradient (norm {norm})" if math.isfinite(loss) else f"the loss ({loss})"
+        raise UserError(f"Update {update}: {what} is not finite; the step was not taken. {kept} "
+                        "Try a smaller learning rate (--lr), or --dtype float32.")
+
+
+def can_learn(info: Info, norm: float, update: int) -> bool:
+    """Whether this step proves that something can be learned; False if its policy drew no active step.
+
+    Raises UserError for a gradient that is exactly zero everywhere.
+    """
+    if info.scalars.get("active_steps") == 0:
+        return False
+    if norm == 0:
+        reward = info.columns.get("reward")
+        constant = reward is not None and reward.numel() > 1 and bool((reward == reward.flatten()[0]).all())
+        why = (
+            f"The reward is {reward.flatten()[0].item():.6g} for every sample, so it looks constant"
+            if constant
+            else "The reward ignores the picture, is saturated, or every active step is cut off from the weights"
+        )
+        raise UserError(
+            f"Update {update}: the gradient of every trained parameter is exactly zero: this run cannot learn. {why}. "
+            f"Choose a reward that changes with the picture (tropism doctor tests one), {_METHODS}."
+        )
+    return True

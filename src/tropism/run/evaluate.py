@@ -1,0 +1,97 @@
+"""Held-out evaluation: pictures on fixed seeds at deployment settings, the reward with its parts, and honest measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropism.align.rollout import sample
+from tropism.core import Batch, Draw, Model, Reward, UserError, scored_parts
+
+UPDATE = 2**40
+"""The update number of evaluation noise: no training run gets there, so the two never share a draw."""
+
+Measure = Callable[[Tensor, list[str]], Mapping[str, Tensor]]
+"""(images (B, 3, H, W) in [0, 1], prompts) -> columns (B,); higher is better."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Pictures (B, 3, H, W) in [0, 1] on the CPU, prompt-major, and what was measured on each.
+
+    columns: name -> (B,): "reward", its parts, each measure, and "drift" where a base was given.
+    diversity: see `diversity`; None where there is no pair to compare.
+    """
+
+    images: Tensor
+    columns: dict[str, Tensor]
+    prompts: list[str]
+    diversity: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """For the record: means as "held_out/<column>", "drift" and "diversity" under their own names."""
+        row = {n if n == "drift" else f"held_out/{n}": v.double().mean().item() for n, v in self.columns.items()}
+        return row if self.diversity is None else row | {"diversity": self.diversity}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    reward: Reward,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    per_prompt: int = 1,
+    measures: Mapping[str, Measure] | None = None,
+    batch_size: int = 16,
+    base: Tensor | None = None,
+) -> Evaluation:
+    """Draw `per_prompt` pictures of every prompt and measure them; one seed gives one noise for any batch size.
+
+    base: the base model's pictures of the same call (B, 3, H, W); adds the column "drift", the mean squared difference
+    of each picture to its twin. Raises UserError for no prompts or a reward of the wrong shape.
+    """
+    if not prompts:
+        raise UserError(
+            "There are no prompts to evaluate on (0 given, at least 1 needed). Give a file with one prompt a line."
+        )
+    batch = Batch([p for p in prompts for _ in range(per_prompt)])
+    images, columns = [], []
+    for at in range(0, len(batch), batch_size):
+        piece = batch[at : at + batch_size]
+        drawn = sample(model, piece, Draw(seed, UPDATE, piece.index), steps=steps, guidance=guidance)
+        images.append(drawn.float().cpu())
+        columns.append(_measured(drawn, piece, reward, measures or {}))
+    pictures = torch.cat(images)
+    joined = {n: torch.cat([c[n] for c in columns]) for n in columns[0]}
+    if base is not None:
+        joined["drift"] = (pictures - base).pow(2).flatten(1).mean(1)
+    return Evaluation(pictures, joined, list(batch.prompts), diversity(pictures, per_prompt))
+
+
+def _measured(images: Tensor, batch: Batch, reward: Reward, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+    total, parts = scored_parts(reward, images, batch)
+    columns = {"reward": total, **parts}
+    for name, measure in measures.items():
+        columns |= {name if key == name else f"{name}/{key}": v for key, v in measure(images, batch.prompts).items()}
+    return {n: v.detach().float().cpu() for n, v in columns.items()}
+
+
+def diversity(images: Tensor, per_prompt: int = 1) -> float | None:
+    """Mean over pairs of pictures of their root-mean-square pixel difference, in [0, 1]; None without a pair.
+
+    With several pictures a prompt the pairs are those of equal prompt (one prompt's variety); with one, all pairs of
+    the set, which falls towards 0 when every prompt gets the same picture.
+    """
+    flat = images.flatten(1)
+    groups = flat.split(per_prompt) if per_prompt > 1 else (flat,)
+    if len(groups[0]) < 2:
+        return None
+    scale = flat.shape[1] ** -0.5
+    return torch.stack([torch.pdist(g).mean() for g in groups]).mean().item() * scale

@@ -1,0 +1,164 @@
+"""AdamW on named tensors, for losses that are sums: gradients are divided by the samples of all processes, then
+clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from tropism.core import UserError
+
+Parameters = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_main() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def named(parameters: Parameters) -> dict[str, dict[str, Tensor]]:
+    """Groups of named tensors, every name unique; a flat dict is one group. Raises UserError if there is nothing to
+    train.
+    """
+    groups = {k: dict(v) for k, v in parameters.items() if isinstance(v, Mapping)} or {"": dict(parameters)}
+    flat = {f"{g}/{n}".lstrip("/"): p for g, group in groups.items() for n, p in group.items()}
+    if not flat:
+        raise UserError(
+            "There is nothing to train: the model has no trainable parameter. Add a LoRA adapter, or ask for full "
+            "fine-tuning."
+        )
+    for name, p in flat.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"Parameter {name} is {p.dtype}; AdamW loses small updates below float32. Keep trained weights in "
+                "float32 (parameter.data = parameter.data.float())."
+            )
+    return {g: {f"{g}/{n}".lstrip("/"): p for n, p in group.items()} for g, group in groups.items()}
+
+
+class Optimiser:
+    """AdamW over named tensors (at least float32), with clipping and an optional EMA of the weights.
+
+    lr: one number, or one for each group. clip: the largest norm of the mean gradient; 0 is off.
+    ema: decay d of the average, a <- d a + (1 - d) p after each step, starting at the first weights; 0 is off.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        *,
+        lr: float | Mapping[str, float],
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        clip: float,
+        ema: float,
+    ):
+        if not 0 <= ema < 1:
+            raise UserError(f"ema is {ema}; a decay must lie in [0, 1), 0 is off. Try --ema 0.99.")
+        groups = named(parameters)
+        self.named = {n: p for group in groups.values() for n, p in group.items()}
+        rates = lr if isinstance(lr, Mapping) else dict.fromkeys(groups, lr)
+        self.adam = torch.optim.AdamW([{"params": list(g.values()), "lr": rates[k]} for k, g in groups.items()],
+                                      betas=betas, eps=eps, weight_decay=weight_decay)
+        self.clip, self.ema, self.steps = clip, ema, 0
+        self.average = {n: p.detach().clone() for n, p in self.named.items()} if ema else {}
+
+    def backward(self, loss: Tensor, totals: list[float]) -> list[float]:
+        """Gradients of `loss` summed over all processes, then divided by totals[0], the samples; the summed totals.
+
+        Gradients and totals travel in one buffer. A parameter the loss does not reach gets a gradient of zero.
+        """
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        for p in self.named.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        totals = self._summed(totals) if is_distributed() else totals
+        for p in self.named.values():
+            p.grad.div_(max(totals[0], 1))
+        return totals
+
+    def _summed(self, totals: list[float]) -> list[float]:
+        gradients = [p.grad for p in self.named.values()]
+        first = gradients[0]
+        flat = torch.cat([g.flatten() for g in gradients] + [first.new_tensor(totals)])
+        dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in gradients] + [len(totals)])
+        for g, part in zip(gradients, parts, strict=False):
+            g.copy_(part.view_as(g))
+        return parts[-1].tolist()
+
+    def norm(self) -> float:
+        """The norm of the mean gradient, before clipping."""
+        return get_total_norm([p.grad for p in self.named.values()]).item()
+
+    def step(self, norm: float) -> None:
+        """Clip by the given norm, step, and let the average follow."""
+        if self.clip and norm > self.clip:
+            device = next(iter(self.named.values())).device
+            clip_grads_with_norm_(list(self.named.values()), self.clip, torch.tensor(norm, device=device))
+        self.adam.step()
+        self.steps += 1
+        for n, a in self.average.items():
+            a.lerp_(self.named[n].detach(), 1 - self.ema)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold their average (if there is one); the trained weights return at the end."""
+        trained = {n: self.named[n].detach().clone() for n in self.average}
+        self._fill(self.average)
+        try:
+            yield
+        finally:
+            self._fill(trained)
+
+    def use_average(self) -> None:
+        """Put the average, if there is one, into the parameters for good."""
+        self._fill(self.average)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for n, value in values.items():
+            self.named[n].copy_(value)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint must hold: weights, both moments, the average."""
+        state = {n: self.adam.state[p] for n, p in self.named.items() if p in self.adam.state}
+        moments = {
+            f"{kind}:{n}": s[key] for n, s in state.items() for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))
+        }
+        return {"weights": dict(self.named), "adam": moments} | ({"ema": self.average} if self.ema else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Take over what `tensors` gave. Raises UserError if names or shapes are not those of this run."""
+        wanted = {n: tuple(p.shape) for n, p in self.named.items()}
+        _same("weights", wanted, tensors["weights"])
+        if self.ema:
+            _same("EMA", wanted, tensors.get("ema", {}))
+            self.average = {n: tensors["ema"][n].to(a) for n, a in self.average.items()}
+        self._fill(tensors["weights"])
+        self.steps = steps
+        for n, p in self.named.items():
+            if f"m:{n}" in tensors["adam"]:
+                self.adam.state[p] = {"step": torch.tensor(float(steps)), "exp_avg": tensors["adam"][f"m:{n}"].to(p),
+                                      "exp_avg_sq": tensors["adam"][f"v:{n}"].to(p)}
+
+
+def _same(what: str, wanted: dict[str, tuple], found: Mapping[str, Tensor]) -> None:
+    shapes = {n: tuple(t.shape) for n, t in found.items()}
+    if shapes == wanted:
+        return
+    wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
+    first = wrong[0]
+    raise UserError(f"The checkpoint's {what} do not fit this run: {len(wrong)} tensors differ, for example {first} "
+                    f"(run {wanted.get(first, 'missing')}, checkpoint {shapes.get(first, 'missing')}). "
+                    "Resume with the settings the run was started with (config.yaml), or choose another --out.")

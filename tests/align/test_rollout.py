@@ -1,0 +1,199 @@
+"""The engine: gradients against central differences, the sweep against its plain twin, costs counted."""
+
+from collections import Counter
+
+import pytest
+import torch
+from toy import ToyModel, batch, draw, smooth_reward
+
+from tropism.align.rollout import Chain, plain, surrogate, sweep
+from tropism.core import Batch, Draw, Stream
+
+N = 8
+SETS = {
+    "full": (True,) * N,
+    "last": (False,) * (N - 1) + (True,),
+    "suffix": (False,) * 5 + (True,) * 3,
+    "holes": (False, True, False, False, True, True, False, True),
+    "hole at the end": (False, False, True, False, True, False, False, False),
+    "empty": (False,) * N,
+}
+
+
+def chain(model, active, b=None, guidance=3.0, steps=N, **options):
+    b = b or batch()
+    d = Draw(3, 0, b.index)
+    cond = model.encode(b, d)
+    times = model.process.times(steps, cond.shape)
+    return Chain(model, options.pop("reward", smooth_reward), b, cond, d, tuple(times.tolist()), guidance, active, **options), \
+        model.start(cond, d, times)[0]
+
+
+def flat(gradient):
+    return torch.cat([g.flatten() for g in gradient])
+
+
+def drift(model):
+    def penalty(x_t, out, t, cond):
+        with model.base():
+            return 0.3 * (out - model.predict(x_t, t, cond, 3.0)).pow(2).flatten(1).sum(1)
+    return penalty
+
+
+LOSSES = {"ascend": lambda r: -r, "hinge": lambda r: (0.1 - r).clamp_min(0), "target": lambda r: (r - 0.05).abs()}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("options", [{}, {"detach_input": True}, {"penalty": True}, {"stop": 6}, {"penalty": True, "stop": 5}],
+                         ids=str)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_sweep_equals_plain_autograd(name, options, eta):
+    model = ToyModel(eta=eta)
+    options = dict(options)
+    extra = {"step_loss": drift(model)} if options.pop("penalty", False) else {}
+    c, x = chain(model, SETS[name], **options, **extra)
+    parameters = list(model.trainable().values())
+    for loss in LOSSES.values():
+        fast, slow = sweep(c, x, loss, parameters), plain(c, x, loss, parameters)
+        assert torch.allclose(fast.rewards, slow.rewards, rtol=0, atol=1e-13)
+        assert torch.allclose(fast.step_losses, slow.step_losses, rtol=0, atol=1e-12)
+        scale = max(1.0, flat(slow.gradient).abs().max().item())
+        assert (flat(fast.gradient) - flat(slow.gradient)).abs().max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_full_chain_gradient_equals_central_differences(prediction, eta):
+    model = ToyModel(eta=eta, prediction=prediction)
+    c, x = chain(model, SETS["full"], step_loss=drift(model))
+    parameters = list(model.trainable().values())
+    gradient = sweep(c, x, lambda r: -r, parameters).gradient
+    direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) for p in parameters]
+
+    def value(h):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += h * d
+            result = plain(c, x, lambda r: -r, parameters)
+            for p, d in zip(parameters, direction, strict=True):
+                p -= h * d
+        return (result.losses.sum() + result.step_losses.sum()).item()
+
+    h = 1e-4
+    numeric = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+    analytic = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True)).item()
+    assert abs(analytic - numeric) < 1e-6 * abs(numeric)
+
+
+def test_pieces_do_not_change_the_gradient():
+    model = ToyModel(eta=0.5)
+    c, x = chain(model, SETS["holes"], step_loss=drift(model))
+    parameters = list(model.trainable().values())
+    whole, pieces = (flat(sweep(c, x, LOSSES["hinge"], parameters, m).gradient) for m in (5, 2))
+    assert (whole - pieces).abs().max() < 1e-13
+
+
+def test_rows_of_a_slice_are_the_same_samples():
+    """Drawing rows 2..4 alone gives the rows of the whole batch: noise belongs to the sample, not to its place."""
+    model = ToyModel(eta=1.0)
+    b = batch()
+    c, x = chain(model, SETS["last"], b)
+    part, y = chain(model, SETS["last"], b[2:5])
+    whole, alone = sweep(c, x, LOSSES["ascend"], [model.a]), sweep(part, y, LOSSES["ascend"], [model.a])
+    assert (whole.rewards[2:5] - alone.rewards).abs().max() < 1e-12
+
+
+def test_last_step_alone_is_draft_1():
+    """DRaFT-1 written out: roll out without a graph, one step with a graph, back-propagate (arXiv 2309.17400)."""
+    model = ToyModel()
+    c, x = chain(model, SETS["last"])
+    z = x
+    for i in range(N):
+        with torch.set_grad_enabled(i == N - 1):
+            t, s = c.times[i], c.times[i + 1]
+            e = model.predict(z, t, c.cond, 3.0)
+            a_t, a_s = model.process.alpha_bar(t), model.process.alpha_bar(s)
+            z = a_s**0.5 * (z - (1 - a_t) ** 0.5 * e) / a_t**0.5 + (1 - a_s) ** 0.5 * e
+    loss = -smooth_reward(model.decode(z), c.batch).sum()
+    draft = torch.autograd.grad(loss, [model.a, model.b])
+    assert (flat(draft) - flat(sweep(c, x, lambda r: -r, [model.a, model.b]).gradient)).abs().max() < 1e-12
+
+
+def test_truncated_gradient_is_the_sum_of_the_active_steps():
+    """Give every step its own copy of the parameters: the full gradient splits by step, but only where inputs are detached."""
+    model = ToyModel()
+    parameters = [model.a, model.b]
+    one = lambda i: flat(sweep(chain(model, tuple(j == i for j in range(N)), detach_input=True)[0], x, lambda r: -r, parameters).gradient)
+    c, x = chain(model, SETS["holes"], detach_input=True)
+    together = flat(sweep(c, x, lambda r: -r, parameters).gradient)
+    apart = sum(one(i) for i in range(N) if SETS["holes"][i])
+    assert (together - apart).abs().max() < 1e-10
+
+
+def test_detached_inputs_give_the_closed_form():
+    """DRTune: gradient = sum over active i of r' (product of a over later steps) b_i d e_i / d theta (spec check 8)."""
+    from tropism.process.gaussian import linear_coefficients
+
+    model = ToyModel()
+    c, x = chain(model, SETS["holes"], detach_input=True)
+    swept = sweep(c, x, lambda r: -r, [model.a])
+    ab = linear_coefficients(model.process, c.times, "epsilon")
+    states, z = [], x
+    for i in range(N):
+        states.append(z)
+        z = c.advance(i, z, c.predict(i, z)).detach()
+    z.requires_grad_()
+    (slope,) = torch.autograd.grad(-smooth_reward(model.decode(z), c.batch).sum(), z)
+    expected = torch.zeros_like(model.a)
+    for i in range(N):
+        if SETS["holes"][i]:
+            carried = torch.tensor([a for a, _ in ab[i + 1 :]], dtype=torch.float64).prod() * ab[i][1]
+            out = model.predict(states[i].detach(), c.times[i], c.cond, 3.0)
+            expected += torch.autograd.grad((out * slope * carried).sum(), model.a)[0]
+    assert (swept.gradient[0] - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", SETS)
+def test_network_rows_follow_the_closed_form(name, guidance):
+    """N forward, K recomputed, K backward, twice that under guidance; a hole costs nothing on the way back."""
+    model = ToyModel()
+    c, x = chain(model, SETS[name], guidance=guidance)
+    rows = sweep(c, x, lambda r: -r, [model.a]).rows
+    factor, active = len(x) * (1 if guidance == 1 else 2), sum(SETS[name])
+    assert rows == {"forward": factor * N, "recompute": factor * active, "backward": factor * active}
+
+
+def test_the_drift_penalty_costs_k_more_rows():
+    model = ToyModel()
+    c, x = chain(model, SETS["suffix"], step_loss=drift(model))
+    rows = sweep(c, x, lambda r: -r, [model.a]).rows
+    assert rows["recompute"] == 2 * 2 * len(x) * 3
+
+
+def test_surrogate_has_the_value_and_exactly_the_gradient():
+    p = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(4, dtype=torch.float64)
+    loss = surrogate([g], [p], torch.tensor(2.5, dtype=torch.float64))
+    loss.backward()
+    assert loss.item() == 2.5
+    assert torch.equal(p.grad, g)
+
+
+def test_a_reward_without_a_graph_is_seen():
+    model = ToyModel()
+    c, x = chain(model, SETS["last"], reward=lambda s, b: s.detach().mean((1, 2, 3)))
+    assert not sweep(c, x, lambda r: -r, [model.a]).has_graph
+
+
+def test_sampling_at_terminal_reaches_x0():
+    """The noise is drawn per (step, sample): two steps never share a draw."""
+    d = draw()
+    drawn = [d(Stream.TRANSITION, i, (4,)) for i in range(6)]
+    assert Counter(tuple(row.tolist()) for block in drawn for row in block).most_common(1)[0][1] == 1
+
+
+def test_batch_rows_keep_their_whole():
+    b = Batch(["a", "b", "c"])
+    assert b[1:].whole is b
+    assert b[1:][1:].index == (2,)

@@ -1,0 +1,59 @@
+"""Finding a model by its name, folder, hub id or file, and helpful refusals."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tropism.core import UserError
+from tropism.models import load
+from tropism.models.lora import LoraSettings
+from tropism.models.stable_diffusion import StableDiffusion
+
+OWN = """
+class Whole:
+    dtype = device = process = None
+    def encode(self): ...
+    start = predict = x0 = decode = latents = kernel = base = trainable = encode
+
+class Part:
+    def predict(self): ...
+
+class Needy(Whole):
+    def __init__(self, size): ...
+"""
+
+
+def test_a_folder(folders):
+    model = load.load_model(folders["epsilon"], dtype=torch.float64, lora=LoraSettings(2), eta=0.5, height=8, width=24)
+    assert isinstance(model, StableDiffusion)
+    assert (model.dtype, model.lora.rank, model.process.eta, model.shape) == (torch.float64, 2, 0.5, (4, 4, 12))
+
+
+def test_a_bundled_name(folders, monkeypatch):
+    monkeypatch.setattr(load.weights, "path", lambda name: {"shapes/model": folders["epsilon"]}[name])
+    assert load.load_model("shapes").source == str(folders["epsilon"])
+
+
+def test_an_unknown_name():
+    with pytest.raises(UserError, match="Did you mean 'shapes'"):
+        load.load_model("shape")
+    with pytest.raises(UserError, match="Bundled: shapes"):
+        load.load_model("dall-e")
+
+
+def test_a_hub_id_that_cannot_be_read(monkeypatch):
+    def refuse(source):
+        raise OSError(f"{source} is not cached")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", refuse)
+    with pytest.raises(UserError, match="'org/name' could not be read: org/name is not cached"):
+        load.load_model("org/name")
+
+
+def test_ones_own_class(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    assert type(load.load_model(f"{tmp_path}/own.py:Whole")).__name__ == "Whole"
+    with pytest.raises(UserError, match="lacks process, dtype, device, encode, start, x0"):
+        load.load_model(f"{tmp_path}/own.py:Part")
+    with pytest.raises(UserError, match=r"without arguments.*size"):
+        load.load_model(f"{tmp_path}/own.py:Needy")

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPTS, tiny_clip
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from tropism.core import Batch, UserError
+from tropism.rewards.clip import MEAN, STD, Clip, ClipScore, clip_pixels, clip_score
+
+
+def photographs(height, width, count=4):
+    """Smooth and sharp content in 8 bits: (B, H, W, 3) uint8."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+
+
+def processor(size):
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 48), (96, 64), (50, 75), (200, 131), (32, 40)])
+def test_pixels_are_those_of_the_pil_processor(height, width):
+    """Within two grey levels: PIL rounds to 8 bits after each of its two passes. No resize: equal."""
+    pictures = photographs(height, width)
+    theirs = processor(48)([Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"]
+    ours = clip_pixels(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, 48)
+    grey_levels = (ours - theirs) * torch.tensor(STD).reshape(3, 1, 1) * 255
+    assert ours.shape == theirs.shape
+    assert grey_levels.abs().max() < (1e-3 if (height, width) == (48, 48) else 2.0)
+    assert grey_levels.abs().mean() < 0.5
+
+
+def test_score_is_that_of_transformers(clip, tokenizer):
+    """The cosine by PIL processor and CLIPModel.forward, a batch with padding; 3e-3 is PIL's rounding."""
+    pictures = photographs(80, 64)
+    model = clip.frozen.module
+    inputs = processor(48)([Image.fromarray(p) for p in pictures], return_tensors="pt")
+    text = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**text, pixel_values=inputs["pixel_values"]).logits_per_image
+        theirs = logits.diagonal() / model.logit_scale.exp()
+    ours = ClipScore(clip)(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, Batch(PROMPTS))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-3)
+    assert theirs.std() > 0.02, "the comparison would prove nothing"
+
+
+def test_prompts_matter_and_are_computed_once(clip, images):
+    calls = []
+    features = clip.frozen.module.get_text_features
+    try:
+        fresh = Clip(clip.frozen.module, clip.tokenizer)
+        clip.frozen.module.get_text_features = lambda **tokens: calls.append(1) or features(**tokens)
+        x = images.float()
+        first = ClipScore(fresh)(x, Batch(PROMPTS))
+        second = ClipScore(fresh)(x, Batch(PROMPTS[::-1]))
+    finally:
+        del clip.frozen.module.get_text_features
+    assert len(calls) == 4
+    assert (first - second).abs().min() > 1e-3
+
+
+def test_a_text_embedding_has_the_same_bits_in_any_company(tokenizer, images):
+    alone = Clip(tiny_clip(tokenizer), tokenizer).texts(PROMPTS[:1], images)
+    together = Clip(tiny_clip(tokenizer), tokenizer).texts(PROMPTS[::-1], images)
+    assert torch.equal(alone[0], together[-1])
+
+
+def test_a_folder_is_read_with_its_own_normalisation(clip, tokenizer, tmp_path, images):
+    clip.frozen.module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = clip_score(str(tmp_path))
+    assert plain.name == f"clip:{tmp_path}"
+    assert plain.clip.mean == MEAN
+    torch.testing.assert_close(plain(images, Batch(PROMPTS)), ClipScore(clip)(images, Batch(PROMPTS)))
+    other = tmp_path / "other"
+    clip.frozen.module.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(other)
+    assert clip_score(str(other)).clip.mean == (0.5, 0.5, 0.5)
+    assert clip_score(str(other)).clip.std == (0.25, 0.25, 0.25)
+
+
+def test_a_folder_without_a_clip(tmp_path):
+    with pytest.raises(UserError, match="holds no CLIP"):
+        clip_score(str(tmp_path))
+
+
+def test_a_prompt_too_long_is_not_cut_silently(clip, images):
+    with pytest.raises(UserError, match="tokens"):
+        ClipScore(clip)(images[:1], Batch(["a very long prompt " * 10]))

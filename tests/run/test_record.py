@@ -1,0 +1,132 @@
+"""The run folder: whose it is, what it says, and trackers that may fail."""
+
+import io
+import json
+import os
+import platform
+import time
+
+import pytest
+import yaml
+from rich.console import Console
+
+from tropism.core import UserError
+from tropism.run import trackers
+from tropism.run.progress import Progress, clock
+from tropism.run.record import Recorder, environment
+
+
+def recorder(folder, config=None, **options):
+    text = io.StringIO()
+    made = Recorder(folder, config or {"lr": 0.1}, console=Console(file=text, soft_wrap=True), **options)
+    made.text = text
+    return made
+
+
+def test_folder_is_made_with_config_and_environment(tmp_path):
+    with recorder(tmp_path / "a" / "b", {"lr": 0.1, "prompts": ["x: <y>", "ü"]}) as r:
+        r.write({"update": 1, "reward": float("nan"), "calls": {"network": 3}})
+        assert r.lines() == [{"update": 1, "reward": None, "calls": {"network": 3}}]
+    assert yaml.safe_load((tmp_path / "a/b/config.yaml").read_text()) == {"lr": 0.1, "prompts": ["x: <y>", "ü"]}
+    found = json.loads((tmp_path / "a/b/env.json").read_text())
+    assert found["versions"]["torch"]
+    assert found["threads"] >= 1
+
+
+def test_environment_names_no_machine():
+    text = json.dumps(environment())
+    assert platform.node() not in text
+    assert not any(v in text for k, v in os.environ.items() if k in ("HOME", "PATH", "PWD", "HOSTNAME"))
+
+
+def test_existing_folder_is_refused_with_its_remedies(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite.*--out"):
+        recorder(tmp_path)
+    with pytest.raises(UserError, match="not written by a run"):
+        recorder(tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        recorder(tmp_path / "thesis.txt")
+
+
+def test_overwrite_removes_products_only(tmp_path):
+    with recorder(tmp_path / "run") as r:
+        r.write({"update": 1})
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    recorder(tmp_path / "run", overwrite=True).close()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "env.json", "notes.txt"}
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    with recorder(tmp_path / "run"), pytest.raises(UserError, match=rf"process {os.getpid()}\) is using"):
+        recorder(tmp_path / "run", resume=True)
+    recorder(tmp_path / "run", resume=True).close()
+
+
+def test_a_dead_run_leaves_no_lock(tmp_path):
+    child = os.fork()
+    if child == 0:
+        recorder(tmp_path / "run")
+        (tmp_path / "held").touch()
+        time.sleep(60)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=f"process {child}"):
+        recorder(tmp_path / "run", resume=True)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    recorder(tmp_path / "run", resume=True).close()
+
+
+def test_resume_says_what_changed(tmp_path):
+    recorder(tmp_path / "run", {"lr": 0.1, "seed": 1}).close()
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    (tmp_path / "run/env.json").write_text(json.dumps(env | {"threads": 99}))
+    with recorder(tmp_path / "run", {"lr": 0.2, "seed": 1, "resume": True}, resume=True) as r, r.showing(0, 1):
+        pass
+    assert "lr 0.1 -> 0.2" in r.text.getvalue()
+    assert "seed" not in r.text.getvalue()
+    assert "instead of 99" in r.text.getvalue()
+
+
+def test_a_failing_tracker_is_switched_off(tmp_path, monkeypatch):
+    class Broken:
+        def log(self, values, step):
+            raise RuntimeError("server [red]away[/red]")
+
+    monkeypatch.setattr(trackers, "_started", lambda *a: Broken())
+    with recorder(tmp_path / "run", trackers=["tensorboard"]) as r:
+        r.write({"update": 1})
+        r.write({"update": 2})
+    assert r.text.getvalue().count("switched off") == 1
+    assert "[red]" in r.text.getvalue()
+    assert len(r.lines()) == 2
+
+
+def test_unknown_or_missing_tracker(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="tensorboard, wandb"):
+        recorder(tmp_path / "a", trackers=["tensorbord"])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        recorder(tmp_path / "b", trackers=["wandb"])
+
+
+def test_tensorboard_writes_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    with recorder(tmp_path / "run", {"lr": 0.1, "list": [1]}, trackers=["tensorboard"]) as r:
+        r.write({"update": 1, "reward": 0.5, "calls": {"network": 3}})
+    assert "switched off" not in r.text.getvalue(), r.text.getvalue()
+    assert list((tmp_path / "run" / "logs").rglob("events*"))
+
+
+def test_a_terminal_gets_a_live_bar():
+    text = io.StringIO()
+    shown = Progress(Console(file=text, force_terminal=True, width=100), 10)
+    shown.show({"update": 5, "reward": 0.25, "gradient_norm": 1.5, "held_out/reward": 0.125})
+    shown.bar.refresh()
+    shown.stop()
+    assert "\x1b" in text.getvalue()
+    assert "reward 0.25  held-out 0.125  gradient 1.5" in text.getvalue()
+    assert clock(3725) == "1:02:05"

@@ -1,0 +1,139 @@
+"""A toy run for the tests of `run`: a two-layer net regressed on keyed noise. Also a program, for tests that kill it.
+
+`trainee.py fuzz FOLDER KILLS` runs it once undisturbed and once killed KILLS times, and leaves both
+fingerprints in answer.json;
+`trainee.py run FOLDER` runs it slowly, for tests that send signals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tropism.core import Batch, Info, Stream, noise
+from tropism.run import checkpoint
+from tropism.run.fit import Interrupted, fit
+from tropism.run.record import Recorder
+
+
+def parameters(dtype=torch.float32) -> dict[str, torch.Tensor]:
+    first, second = noise(7, Stream.PRIOR, 0, range(2), 0, 0, (4, 4))[:, 0].to(dtype)
+    return {"first": first.clone().requires_grad_(), "second": second.clone().requires_grad_()}
+
+
+def batches(update: int, size: int = 8) -> Batch:
+    return Batch([f"p{update}-{i}" for i in range(size)])
+
+
+def quadratic(weights, pieces: int | None = None, pause: float = 0.0, yields: int = 1):
+    """A step whose loss is the summed squared error of the net on keyed inputs; its state is a running mean and a
+    count.
+    """
+
+    def step(batch, *, state, update, seed, micro_batch):
+        mean, count = state.get("mean", torch.zeros(())), state.get("count", 0)
+        for k in range(yields):
+            x = noise(seed, Stream.PRIOR, update, batch.index, k, 0, (4,))[:, 0].to(weights["first"])
+            size, total, errors = pieces or len(batch), 0.0, []
+            for at in range(0, len(batch), size):
+                error = (
+                    (x[at : at + size] @ weights["first"].tanh() @ weights["second"] - x[at : at + size].flip(1))
+                    .pow(2)
+                    .sum(1)
+                )
+                total, errors = total + error.sum(), [*errors, error.detach()]
+            reward = -torch.cat(errors)
+            mean = 0.9 * mean + 0.1 * reward.mean().float()
+            yield (
+                total,
+                Info(
+                    len(batch),
+                    {"reward": reward, "error": -reward},
+                    {"micro_batch": float(size)},
+                    {"network": len(batch)},
+                ),
+            )
+        time.sleep(pause)
+        return {"mean": mean, "count": count + 1}
+
+    return step
+
+
+def run(folder: Path, updates: int, *, resume: bool = False, pause: float = 0.0, every: int = 3, ema: float = 0.9,
+        recorder: Recorder | None = None, **options):
+    weights = parameters()
+    with recorder or Recorder(folder, {"updates": updates}, resume=resume) as record:
+        return weights, fit(
+            quadratic(weights, pause=pause),
+            weights,
+            batches,
+            updates=updates,
+            out=folder,
+            recorder=record,
+            ema=ema,
+            seed=3,
+            checkpoint_every=every,
+            resume=resume,
+            **options,
+        )
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of everything in the newest checkpoint: weights, Adam's moments, EMA and state."""
+    saved, digest = checkpoint.newest(folder / "checkpoints"), hashlib.sha256()
+    digest.update(json.dumps([saved.update, saved.values], sort_keys=True).encode())
+    for group in sorted(saved.tensors):
+        for name, value in sorted(saved.tensors[group].items()):
+            digest.update(f"{group}/{name}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fuzz(folder: Path, kills: int, updates: int = 30) -> dict:
+    """Forks children that are killed at random moments until one is left to finish; forking saves the time to import.
+    """
+    run(folder / "whole", updates, every=2)  # before the first fork, for torch's lazy imports
+    random.seed(1)
+    hit, started = 0, []
+    for k in range(kills + 1):
+        child = os.fork()
+        if child == 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            _, result = run(folder / "killed", updates, resume=True, pause=0.01, every=2)
+            os._exit(0 if result.updates == updates else 1)
+        if k < kills:
+            time.sleep(random.uniform(0.02, 0.25))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        hit += os.WIFSIGNALED(status)
+        newest = checkpoint.newest(folder / "killed" / "checkpoints")
+        started.append(newest.update if newest else 0)
+    heavy = [m for m in ("diffusers", "transformers", "peft", "accelerate", "matplotlib") if m in sys.modules]
+    return {
+        "heavy": heavy,
+        "whole": fingerprint(folder / "whole"),
+        "killed": fingerprint(folder / "killed"),
+        "hit": hit,
+        "started": started,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    job, target = sys.argv[1], Path(sys.argv[2])
+    if job == "fuzz":
+        answer = fuzz(target, int(sys.argv[3]))
+        (target / "answer.json").write_text(json.dumps(answer))
+    else:
+        try:
+            run(target, 100_000, pause=0.02, every=1000)
+        except Interrupted as stopped:
+            sys.stdout.write(f"{stopped}\n")
+            sys.exit(stopped.code)
