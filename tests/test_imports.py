@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "tropism"
-ORDER = [{"core", "plugin"}, {"process"}, {"worlds"}, {"models", "rewards"}, {"align", "guide", "restore"}, {"scene"}, {"run"},
+ORDER = [{"noise"}, {"core", "plugin"}, {"process"}, {"worlds"}, {"models", "rewards"}, {"align", "guide", "restore"}, {"scene"}, {"run"},
          {"commands"}, {"cli"}]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -5,10 +5,12 @@ A method's flags are its function's keyword arguments, read off its signature.
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import re
 import shlex
 import sys
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -46,13 +48,13 @@ HIDDEN = ("method", "options", "command", "callback")
 
 
 def _type(annotation: Any) -> Any:
-    """The command-line type of a Python annotation: numbers, flags and text; several choices become text."""
-    members = [m for m in typing.get_args(annotation) if m is not type(None)] or [annotation]
-    optional = type(None) in typing.get_args(annotation)
-    if any("Sequence" in str(m) and "str" in str(m) and "Reward" not in str(annotation) and "Path" not in str(annotation) for m in members):
+    """The command-line type of a Python annotation: numbers, flags, text, lists of text; several choices become text."""
+    if typing.get_origin(annotation) is collections.abc.Sequence:
         return list[str]
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = [m for m in typing.get_args(annotation) if m is not type(None)] if union else [annotation]
     simple = members[0] if len(members) == 1 and members[0] in (int, float, bool, str) else str
-    return simple | None if optional else simple
+    return simple | None if union and type(None) in typing.get_args(annotation) else simple
 
 
 def _documented(function: Callable) -> dict[str, str]:
@@ -107,8 +109,8 @@ def _align_command(method: str) -> Callable:
     own = _flags(commands.METHODS[method], commands.BOUND)
 
     def run(config: Path | None = None, **values: Any) -> None:
-        options = {p.name: _number(values.pop(p.name)) for p in own}
-        commands.align(method, options=options, command=_command_line(), **values)
+        given = {p.name: _number(values.pop(p.name)) for p in own}
+        commands.align(method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values)
 
     own_defaults = [p.replace(default=None, annotation=_optional(p.annotation)) for p in own]
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[

@@ -7,29 +7,26 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from tropism.align.alignprop import alignprop
-from tropism.core import Batch, Info, Model, Reward, UserError, is_differentiable, name_of
+from tropism.core import Batch, Info, Model, Reward, UserError
 from tropism.models import lora
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
 from tropism.rewards.combine import weighted
-from tropism.rewards.jpeg import true_bytes
 from tropism.rewards.load import load_rewards, require_gradient
-from tropism.run import card, report
-from tropism.run.evaluate import Evaluation, Measure
-from tropism.run.evaluate import evaluate as measured
+from tropism.run import report
+from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
-from tropism.run.prompts import Prompt, as_batch, batch_of, read_prompts, split
+from tropism.run.products import Judge, Products, weights_of
+from tropism.run.prompts import Prompt, batch_of, read_prompts, split
 from tropism.run.record import Recorder
-from tropism.worlds import shapes, taste
+from tropism.worlds import shapes
 
 METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
@@ -84,10 +81,6 @@ def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
     return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
 
 
-def _weights(reward: Reward) -> dict[str, float]:
-    return {name_of(r): w for r, w in getattr(reward, "terms", ((reward, 1.0),))}
-
-
 def _prompts(prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None, model: Any):
     """(train, held out) prompts: the user's, or those of the bundled world."""
     if prompts is None:
@@ -108,17 +101,6 @@ def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
     if not prompts:
         raise UserError("The list of prompts is empty. Give at least one prompt.")
     return [Prompt(p) for p in prompts]
-
-
-def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
-    """Honest measures beside the rewards: true JPEG kilobytes always; the parser and the hidden taste on the shapes world."""
-    measures: dict[str, Measure] = {"jpeg_kB": lambda images, _: {"jpeg_kB": true_bytes(images) / 1000}}
-    try:
-        for p in prompts:
-            shapes.parse_prompt(p)
-    except ValueError:
-        return measures
-    return measures | {"parser": shapes.accuracy, "gold_taste": lambda images, _: {"gold_taste": taste.gold(images)}}
 
 
 def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
@@ -169,13 +151,13 @@ def align(method: str, *, model: str | Model, reward: Reward | str | Sequence[Re
     _check_chain(model_, method, hyper)
     if dry_run:
         return None
-    config = _plain({**settings, "model": str(model), "reward": [f"{n}={w:g}" for n, w in _weights(reward_).items()], "options": hyper})
+    config = _plain({**settings, "model": str(model), "reward": [f"{n}={w:g}" for n, w in weights_of(reward_).items()], "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         for text in getattr(model_, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]:
             recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
-        judge = _Judge(Path(out), model_, reward_, held, evaluate_steps or hyper.get("steps", 50),
+        judge = Judge(Path(out), model_, reward_, held, evaluate_steps or hyper.get("steps", 50),
                        evaluate_guidance or hyper.get("guidance", 7.5), seed, batch)
-        products = _Products(Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge)
+        products = Products(Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge)
         result = fit(_bound(METHODS[method], model_, reward_, hyper),
                      model_.trainable(), lambda update: _own_rows(batch_of(train, batch, seed, update)), updates=updates, out=out,
                      recorder=recorder, lr=lr, weight_decay=weight_decay, clip=clip, ema=ema, seed=seed, micro_batch=micro_batch,
@@ -227,87 +209,6 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-class _Judge:
-    """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest."""
-
-    def __init__(self, out: Path, model: Model, reward: Reward, held: list[Prompt], steps: int, guidance: float, seed: int, batch: int):
-        self.file = out / "samples" / "before.safetensors"
-        self.prompts = [p.text for p in held]
-        self.measure = partial(measured, model, reward, self.prompts, steps=steps, guidance=guidance, seed=seed,
-                               measures=measures_for(self.prompts), batch_size=batch)
-        self._before: Evaluation | None = None
-        self.after: Evaluation | None = None
-
-    @property
-    def before(self) -> Evaluation:
-        if self._before is None:
-            kept = load_file(self.file)
-            columns = {k.removeprefix("column/"): v for k, v in kept.items() if k.startswith("column/")}
-            self._before = Evaluation(kept["images"], columns, self.prompts, kept["diversity"].item() if "diversity" in kept else None)
-        return self._before
-
-    def __call__(self, update: int) -> dict[str, float]:
-        if update == 0:
-            self._before = self.after = self.measure()
-            self._keep(self._before)
-        else:
-            self.after = self.measure(base=self.before.images)
-        return self.after.numbers()
-
-    def _keep(self, found: Evaluation):
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"images": found.images.contiguous(), **{f"column/{k}": v.contiguous() for k, v in found.columns.items()}}
-        if found.diversity is not None:
-            tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
-        save_file(tensors, self.file)
-
-
-@dataclass
-class _Products:
-    """What a finished run leaves beside its record: adapter, pictures, report, model card."""
-
-    out: Path
-    method: str
-    model: Model
-    source: str
-    reward: Reward
-    train: list[Prompt]
-    seed: int
-    command: str
-    config: dict
-    recorder: Recorder
-    judge: _Judge
-    difference: float | None = None
-
-    def write(self):
-        if self.judge.after is None:
-            self.judge(-1)
-        if isinstance(getattr(self.model, "lora", None), LoraSettings):
-            lora.save(self.model, self.out / "lora")
-            self.difference = lora.verify(self.model, self.out / "lora", prompts=self.judge.prompts[:2])
-        else:
-            self.out.joinpath("weights").mkdir(exist_ok=True)
-            save_file({n: p.detach().contiguous() for n, p in self.model.trainable().items()}, self.out / "weights" / "trained.safetensors")
-        load = f"{str(getattr(self.model, 'source', self.source))!r}"
-        done = report.Finished(
-            method=self.method, base=self.source, load=load, rewards=_weights(self.reward), prompts=[p.text for p in self.train],
-            seed=self.seed, command=self.command, config=self.config, environment=self.recorder.environment, before=self.judge.before,
-            after=self.judge.after, lines=self.recorder.lines(), limits=self._limits())
-        report.write(self.out, done)
-        card.write(self.out, done)
-        self.recorder.say(self._summary(report.rows(self.judge.before, self.judge.after)))
-
-    def _limits(self) -> list[str]:
-        n = len(self.judge.prompts)
-        return [f"One training seed; evaluated on {n} held-out prompts, one picture each.",
-                "A reward is a proxy: look at the pictures and at the measures that were not trained on."]
-
-    def _summary(self, rows: list) -> str:
-        lines = [f"  {r.name:28s} {r.before:10.4f} -> {r.after:10.4f}" for r in rows]
-        kept = "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
-        return "\n".join(["Held-out, before -> after:", *lines]) + kept + f"\nSee {self.out / 'report.html'}"
-
-
 # ---------------------------------------------------------------------------------------------------- the others
 
 
@@ -346,7 +247,8 @@ def _adapter(folder: str) -> Path:
 
 def pretrain(world: str = "shapes", *, out: str | Path, threads: int | None = None) -> Path:
     """Train the bundled networks of a world from nothing, resumable; returns the folder with the finished files."""
-    from tropism.run import pretrain as networks, pretrain_rewards
+    from tropism.run import pretrain as networks
+    from tropism.run import pretrain_rewards
 
     _known(world, BUNDLED, "world")
     set_up("cpu", "float32", threads)

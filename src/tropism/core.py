@@ -16,96 +16,22 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tropism.noise import Draw, Stream, as_index, generator, noise, uniform
+
+__all__ = ["TERMINAL", "Batch", "Cond", "Draw", "Info", "Kernel", "Model", "Normal", "Process", "Reward", "Stream", "UserError", "clamp",
+           "gather", "generator", "in_pieces", "is_differentiable", "kernel", "name_of", "noise", "scored", "scored_parts", "uniform"]
+
 TERMINAL = -1.0
 
 
 class UserError(ValueError):
     """A mistake of the user's: the text says what, why, and one remedy."""
-
-
-# ---------------------------------------------------------------------------------------------------- noise
-
-
-class Stream(IntEnum):
-    """What a random draw is for. Two draws with different streams are independent."""
-
-    PRIOR = 0
-    TRANSITION = 1
-    RENOISE = 2
-    LOW_RES = 3
-    COMPLETION = 4
-    RESAMPLE = 5
-    TIMESTEP = 6
-    TRUNCATION = 7
-    SHUFFLE = 8
-    EVAL = 9
-
-
-_WORD = (1 << 64) - 1
-
-
-def generator(seed: int, stream: Stream, update: int, sample: int = -1, step: int = 0, k: int = 0) -> np.random.Generator:
-    """A Philox-4x64 generator at a place of its own: 128 key bits and 192 counter bits hold the whole key."""
-    assert 0 <= stream < 256 and 0 <= update < 1 << 56, (stream, update)
-    counter = np.array([0, k & _WORD, step & _WORD, sample & _WORD], np.uint64)
-    key = np.array([seed & _WORD, stream << 56 | update], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def _keyed(draw: str, seed, stream, update, sample, step, k, shape) -> Tensor:
-    samples = [sample] if isinstance(sample, int) else [int(i) for i in sample]
-    ks = [k] if isinstance(k, int) else [int(i) for i in k]
-    out = np.empty((len(samples), len(ks), *shape), np.float32)
-    for i, n in enumerate(samples):
-        for j, c in enumerate(ks):
-            out[i, j] = getattr(generator(seed, stream, update, n, step, c), draw)(size=tuple(shape), dtype=np.float32)
-    return torch.from_numpy(out)
-
-
-def noise(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
-          shape: Sequence[int]) -> Tensor:
-    """Standard normals (len(sample), len(k), *shape), float32 on the CPU, a pure function of the arguments.
-
-    `sample` is the global index of a sample in the update's whole batch (-1 for draws about a batch), `k` the candidate.
-    """
-    return _keyed("standard_normal", seed, stream, update, sample, step, k, shape)
-
-
-def uniform(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
-            shape: Sequence[int]) -> Tensor:
-    """The twin of `noise` with uniforms on [0, 1)."""
-    return _keyed("random", seed, stream, update, sample, step, k, shape)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """`noise` bound to (seed, update, the batch's global indices)."""
-
-    seed: int
-    update: int
-    index: tuple[int, ...]
-
-    def __call__(self, stream: Stream, step: int, shape: Sequence[int], k: int = 0) -> Tensor:
-        """(B, *shape) standard normals."""
-        return noise(self.seed, stream, self.update, self.index, step, k, shape)[:, 0]
-
-    def many(self, stream: Stream, step: int, shape: Sequence[int], m: int) -> Tensor:
-        """(B, m, *shape) standard normals, candidate k = 0..m-1."""
-        return noise(self.seed, stream, self.update, self.index, step, range(m), shape)
-
-    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Draw:
-        return Draw(self.seed, self.update, tuple(np.asarray(self.index, dtype=np.int64)[_as_index(rows)].tolist()))
-
-
-def _as_index(rows):
-    return rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------- batch
@@ -143,7 +69,7 @@ class Batch:
         return self.parent or self
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Batch:
-        chosen = np.arange(len(self))[_as_index(rows)].tolist()
+        chosen = np.arange(len(self))[as_index(rows)].tolist()
 
         def pick(name, value):
             if value is None or name == "parent":

@@ -75,7 +75,8 @@ def test_plain_diffusers_reads_what_was_saved(folder, tmp_path):
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[k], mine[k]) for k in mine)
     x, cond = DRAW(0, 0, model.shape), model.encode(BATCH)
-    torch.testing.assert_close(pipe.unet(x, 501, cond.positive).sample, model.predict(x, 501, cond, 1.0), rtol=0, atol=1e-5)
+    out = pipe.unet(x, 501, cond.positive).sample
+    torch.testing.assert_close(out, model.predict(x, 501, cond, 1.0), rtol=0, atol=1e-5)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(BATCH.prompts, negative_prompt=BATCH.negative_prompts, latents=x, num_inference_steps=4,

@@ -50,7 +50,9 @@ def ours(scheduler, x, steps, eta, noise):
 @pytest.mark.parametrize(("options", "steps"), [
     ({"timestep_spacing": "leading", "steps_offset": 1}, 50),
     ({"timestep_spacing": "leading", "steps_offset": 1}, 7),
-    ({"timestep_spacing": "leading"}, 125), ({"timestep_spacing": "trailing"}, 20), ({"timestep_spacing": "trailing"}, 1),
+    ({"timestep_spacing": "leading"}, 125),
+    ({"timestep_spacing": "trailing"}, 20),
+    ({"timestep_spacing": "trailing"}, 1),
 ])
 @pytest.mark.parametrize("to_one", [False, True])
 def test_ddim(eta, prediction, options, steps, to_one):

@@ -226,7 +226,7 @@ def load(model: StableDiffusion, folder: str | Path) -> None:
             p.copy_(theirs[key])
 
 
-# ---------------------------------------------------------------------------------------------------- trust, and mixtures
+# ---------------------------------------------------------------------------------------------------- trust, mixtures
 
 
 @torch.no_grad()
@@ -293,8 +293,8 @@ def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
     for folder, (_, layers, _) in zip(weights, parts, strict=True):
         odd = _unfit(model.unet, layers)
         if odd:
-            raise UserError(f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters of "
-                            "the same base model.")
+            raise UserError(f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters "
+                            "of the same base model.")
     ranks = sum(own.rank for _, _, own in parts)
     targets = dict.fromkeys(t for _, _, own in parts for t in own.targets)
     model.lora = LoraSettings(ranks, ranks, tuple(targets))

@@ -47,9 +47,9 @@ def alpha_bars(config: Mapping[str, Any]) -> tuple[float, ...]:
     bars = torch.cumprod(1 - _betas(config), 0)
     if config.get("rescale_betas_zero_snr"):
         if config.get("prediction_type", "epsilon") == "epsilon":
-            raise UserError("The scheduler asks for zero terminal SNR (rescale_betas_zero_snr) with epsilon prediction: "
-                            "at the first step x_0 would be divided by zero. Set rescale_betas_zero_snr to false in "
-                            "scheduler/scheduler_config.json.")
+            raise UserError("The scheduler asks for zero terminal SNR (rescale_betas_zero_snr) with epsilon "
+                            "prediction: at the first step x_0 would be divided by zero. Set rescale_betas_zero_snr "
+                            "to false in scheduler/scheduler_config.json.")
         bars = _zero_snr(bars)
     return tuple(bars.tolist())
 

@@ -108,8 +108,8 @@ class StableDiffusion:
         own = (own, own) if isinstance(own, int) else own
         pixels = [asked or side * factor for asked, side in zip((height, width), own, strict=True)]
         if any(p % factor or p < factor for p in pixels):
-            raise UserError(f"The picture size {pixels[0]}x{pixels[1]} is not a multiple of {factor}, this VAE's factor. "
-                            f"Try {own[0] * factor}x{own[1] * factor}.")
+            raise UserError(f"The picture size {pixels[0]}x{pixels[1]} is not a multiple of {factor}, this VAE's "
+                            f"factor. Try {own[0] * factor}x{own[1] * factor}.")
         return self.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor
 
     def _freeze(self) -> None:
@@ -141,8 +141,8 @@ class StableDiffusion:
     def _embedded(self, text: str) -> Tensor:
         """(L, D) on the CPU, computed once and alone, so that its bits do not depend on its company."""
         if text not in self._texts:
-            ids = self.tokenizer([text], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-                                 return_tensors="pt")
+            ids = self.tokenizer([text], padding="max_length", max_length=self.tokenizer.model_max_length,
+                                 truncation=True, return_tensors="pt")
             use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
             mask = ids.attention_mask.to(self.device) if use_mask else None
             self._texts[text] = self.text_encoder(ids.input_ids.to(self.device), attention_mask=mask)[0][0].cpu()
@@ -164,7 +164,7 @@ class StableDiffusion:
     def predict(self, x_t: Tensor, t: float | Tensor, cond: TextCond, guidance: float) -> Tensor:
         """The network's native output (B, C, h, w) after guidance, in at least float32 and x_t's dtype.
 
-        t: a time or (B,) times. guidance 1 runs the prompt alone; any other one doubled batch, counted as two rows each.
+        t: a time or (B,) times. guidance 1 runs the prompt alone; any other one doubled batch, counted as two each.
         """
         times = torch.as_tensor(t, device=x_t.device).long().expand(len(x_t))
         if guidance == 1:

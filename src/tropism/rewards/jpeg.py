@@ -58,10 +58,10 @@ def _basis() -> Tensor:
 
 # A coefficient q, in quantisation steps, costs bits(q) = log2(1 + (q / STEP)^2) / 2: flat where rounding makes a zero,
 # one bit a doubling beyond. STEP 0.25 ranks pictures better (Spearman 0.998), but its gradient goes to coefficients
-# that are rounded away: a walk of 3 grey levels saves 11 % of the bytes above flat, with STEP 1 it saves 21 %. The weights
-# are a least-squares fit of Pillow's bytes (quality 95), less the fixed part, on the 500 pictures of
-# tests/rewards/varied.py, seed 1. Elsewhere: Spearman 0.988 and 155 bytes rms on files of 2,300 (other seeds); 0.98 and
-# 75 (renders of `shapes`).
+# that are rounded away: a walk of 3 grey levels saves 11 % of the bytes above flat, with STEP 1 it saves 21 %. The
+# weights are a least-squares fit of Pillow's bytes (quality 95), less the fixed part, on the 500 pictures of
+# tests/rewards/varied.py, seed 1. Elsewhere: Spearman 0.988 and 155 bytes rms on files of 2,300 (other seeds); 0.98
+# and 75 (renders of `shapes`).
 STEP = 1.0
 AC_WEIGHT, DC_WEIGHT = 2.920, 4.339
 # Exact: the file's header, and the end-of-block and zero-difference codes of every block.

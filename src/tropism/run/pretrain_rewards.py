@@ -74,7 +74,7 @@ def _near_misses(scene: shapes.Scene, rng: np.random.Generator) -> list[str]:
     return misses
 
 
-def train_clip(folder: Path, vae, tokenizer, updates: int = 3000, batch: int = 64, n: int = 24_000):
+def train_clip(folder: Path, vae, tokenizer, updates: int = 2200, batch: int = 64, n: int = 24_000):
     """CLIP's symmetric contrastive loss, with four near misses a picture among the wrong texts."""
     torch.manual_seed(3)
     clip = new_clip(tokenizer)
@@ -136,7 +136,7 @@ def save_rewards(out: Path, counter: Counter, clip, tokenizer, head: nn.Module):
     tokenizer.save_pretrained(out / "clip")
 
 
-def shapes_rewards(out: Path, vae, tokenizer, counter_updates: int = 1500, clip_updates: int = 3000) -> None:
+def shapes_rewards(out: Path, vae, tokenizer, counter_updates: int = 1500, clip_updates: int = 2200) -> None:
     """Train the three reward networks and write them beside OUT/model."""
     folder = out / ".train"
     counter = train_counter(folder, vae, counter_updates)

@@ -1,0 +1,69 @@
+"""Peak memory of one AlignProp gradient above the loaded model, one fresh process a point.
+
+    python benchmarks/memory.py                 the table: N = 10, 50, 200 and K = 1, 10, N, and the three engines at N = K = 10
+    python benchmarks/memory.py ENGINE N K      one point, MiB
+
+Bundled model, batch 8, guidance 3, float32, CPU; peak resident memory by the kernel's own high-water mark, reset after loading.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def resident(field: str) -> float:
+    """VmRSS or VmHWM of this process, MiB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
+
+
+def point(engine: str, steps: int, active: int, batch_size: int = 8) -> float:
+    from tropism.align.rollout import Chain, plain, sweep
+    from tropism.core import Batch, Draw
+    from tropism.models.load import load_model
+    from tropism.rewards.jpeg import compressibility
+    from tropism.worlds import shapes
+
+    torch.set_num_threads(1)
+    model = load_model("shapes")
+    batch = Batch([s.prompt for s in shapes.scenes(True)[:batch_size]])
+    draw = Draw(0, 0, batch.index)
+    cond = model.encode(batch, draw)
+    times = model.process.times(steps, cond.shape)
+    x, _ = model.start(cond, draw, times)
+    if engine == "checkpoint":
+        model.predict = partial(checkpoint, model.predict, use_reentrant=False)
+    mask = tuple(i >= steps - active for i in range(steps))
+    chain = Chain(model, compressibility(), batch, cond, draw, tuple(times.tolist()), 3.0, mask)
+    run = sweep if engine == "sweep" else plain
+    with torch.no_grad():
+        model.predict(x, times[0].item(), cond, 3.0)  # the libraries' own workspaces are not the engine's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    run(chain, x, lambda r: -r, list(model.trainable().values()))
+    return resident("VmHWM") - before
+
+
+def fresh(engine: str, steps: int, active: int) -> float:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, engine, str(steps), str(active)], capture_output=True, text=True, check=True,
+                          env=environment)
+    return float(done.stdout)
+
+
+def main():
+    print("| engine | N | K | peak above the loaded model, MiB |\n|---|---:|---:|---:|")
+    points = [("sweep", n, k) for n in (10, 50, 200) for k in (1, 10, n)] + [("checkpoint", 10, 10), ("plain", 10, 10), ("checkpoint", 50, 50)]
+    for engine, n, k in dict.fromkeys(points):
+        print(f"| {engine} | {n} | {k} | {fresh(engine, n, k):.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        print(point(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    else:
+        main()

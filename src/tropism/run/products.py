@@ -1,0 +1,119 @@
+"""What a run measures on held-out prompts, and what it leaves in its folder when it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tropism.core import Model, Reward, name_of
+from tropism.models import lora
+from tropism.models.lora import LoraSettings
+from tropism.rewards.jpeg import true_bytes
+from tropism.run import card, report
+from tropism.run.evaluate import Evaluation, Measure
+from tropism.run.evaluate import evaluate as measured
+from tropism.run.prompts import Prompt
+from tropism.run.record import Recorder
+from tropism.worlds import shapes, taste
+
+
+def weights_of(reward: Reward) -> dict[str, float]:
+    """The weight of every part of a reward, by name."""
+    return {name_of(r): w for r, w in getattr(reward, "terms", ((reward, 1.0),))}
+
+
+def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
+    """Honest measures beside the rewards: true JPEG kilobytes always; the parser and the hidden taste on the shapes world."""
+    measures: dict[str, Measure] = {"jpeg_kB": lambda images, _: {"jpeg_kB": true_bytes(images) / 1000}}
+    try:
+        for p in prompts:
+            shapes.parse_prompt(p)
+    except ValueError:
+        return measures
+    return measures | {"parser": shapes.accuracy, "gold_taste": lambda images, _: {"gold_taste": taste.gold(images)}}
+
+
+class Judge:
+    """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest."""
+
+    def __init__(self, out: Path, model: Model, reward: Reward, held: list[Prompt], steps: int, guidance: float, seed: int, batch: int):
+        self.file = out / "samples" / "before.safetensors"
+        self.prompts = [p.text for p in held]
+        self.measure = partial(measured, model, reward, self.prompts, steps=steps, guidance=guidance, seed=seed,
+                               measures=measures_for(self.prompts), batch_size=batch)
+        self._before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    @property
+    def before(self) -> Evaluation:
+        if self._before is None:
+            kept = load_file(self.file)
+            columns = {k.removeprefix("column/"): v for k, v in kept.items() if k.startswith("column/")}
+            self._before = Evaluation(kept["images"], columns, self.prompts, kept["diversity"].item() if "diversity" in kept else None)
+        return self._before
+
+    def __call__(self, update: int) -> dict[str, float]:
+        if update == 0:
+            self._before = self.after = self.measure()
+            self._keep(self._before)
+        else:
+            self.after = self.measure(base=self.before.images)
+        return self.after.numbers()
+
+    def _keep(self, found: Evaluation):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"images": found.images.contiguous(), **{f"column/{k}": v.contiguous() for k, v in found.columns.items()}}
+        if found.diversity is not None:
+            tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
+        save_file(tensors, self.file)
+
+
+@dataclass
+class Products:
+    """What a finished run leaves beside its record: adapter, pictures, report, model card."""
+
+    out: Path
+    method: str
+    model: Model
+    source: str
+    reward: Reward
+    train: list[Prompt]
+    seed: int
+    command: str
+    config: dict
+    recorder: Recorder
+    judge: Judge
+    difference: float | None = None
+
+    def write(self):
+        if self.judge.after is None:
+            self.judge(-1)
+        if isinstance(getattr(self.model, "lora", None), LoraSettings):
+            lora.save(self.model, self.out / "lora")
+            self.difference = lora.verify(self.model, self.out / "lora", prompts=self.judge.prompts[:2])
+        else:
+            self.out.joinpath("weights").mkdir(exist_ok=True)
+            save_file({n: p.detach().contiguous() for n, p in self.model.trainable().items()}, self.out / "weights" / "trained.safetensors")
+        load = f"{str(getattr(self.model, 'source', self.source))!r}"
+        done = report.Finished(
+            method=self.method, base=self.source, load=load, rewards=weights_of(self.reward), prompts=[p.text for p in self.train],
+            seed=self.seed, command=self.command, config=self.config, environment=self.recorder.environment, before=self.judge.before,
+            after=self.judge.after, lines=self.recorder.lines(), limits=self._limits())
+        report.write(self.out, done)
+        card.write(self.out, done)
+        self.recorder.say(self._summary(report.rows(self.judge.before, self.judge.after)))
+
+    def _limits(self) -> list[str]:
+        n = len(self.judge.prompts)
+        return [f"One training seed; evaluated on {n} held-out prompts, one picture each.",
+                "A reward is a proxy: look at the pictures and at the measures that were not trained on."]
+
+    def _summary(self, rows: list) -> str:
+        lines = [f"  {r.name:28s} {r.before:10.4f} -> {r.after:10.4f}" for r in rows]
+        kept = "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
+        return "\n".join(["Held-out, before -> after:", *lines]) + kept + f"\nSee {self.out / 'report.html'}"
