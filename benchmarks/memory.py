@@ -18,7 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 def resident(field: str) -> float:
     """VmRSS or VmHWM of this process, MiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(field)
+        )
+        / 1024
+    )
 
 
 def point(engine: str, steps: int, active: int, batch_size: int = 8) -> float:
@@ -50,14 +57,23 @@ def point(engine: str, steps: int, active: int, batch_size: int = 8) -> float:
 
 def fresh(engine: str, steps: int, active: int) -> float:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, engine, str(steps), str(active)], capture_output=True, text=True, check=True,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, engine, str(steps), str(active)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     return float(done.stdout)
 
 
 def main():
     print("| engine | N | K | peak above the loaded model, MiB |\n|---|---:|---:|---:|")
-    points = [("sweep", n, k) for n in (10, 50, 200) for k in (1, 10, n)] + [("checkpoint", 10, 10), ("plain", 10, 10), ("checkpoint", 50, 50)]
+    points = [("sweep", n, k) for n in (10, 50, 200) for k in (1, 10, n)] + [
+        ("checkpoint", 10, 10),
+        ("plain", 10, 10),
+        ("checkpoint", 50, 50),
+    ]
     for engine, n, k in dict.fromkeys(points):
         print(f"| {engine} | {n} | {k} | {fresh(engine, n, k):.0f} |", flush=True)
 

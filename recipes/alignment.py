@@ -10,7 +10,9 @@ from study import HELD_OUT, measures, options, table
 
 from tropism.commands import align
 
-SETTINGS = dict(reward=["shapes-alignment"], options={"steps": 10, "guidance": 3.0, "truncation": "3"}, updates=80, lr=2e-3)
+SETTINGS = dict(
+    reward=["shapes-alignment"], options={"steps": 10, "guidance": 3.0, "truncation": "3"}, updates=80, lr=2e-3
+)
 
 
 def main():
@@ -18,8 +20,20 @@ def main():
     before, after, seconds = [], [], []
     for seed in run.seeds:
         began = time.time()
-        done = align("alignprop", model="shapes", held_out=HELD_OUT, seed=seed, out=run.out / f"alignment-{seed}", batch=16, rank=8,
-                     evaluate_every=0, evaluate_prompts=len(HELD_OUT), overwrite=True, threads=run.threads, **SETTINGS)
+        done = align(
+            "alignprop",
+            model="shapes",
+            held_out=HELD_OUT,
+            seed=seed,
+            out=run.out / f"alignment-{seed}",
+            batch=16,
+            rank=8,
+            evaluate_every=0,
+            evaluate_prompts=len(HELD_OUT),
+            overwrite=True,
+            threads=run.threads,
+            **SETTINGS,
+        )
         seconds.append(time.time() - began)
         before.append(measures(done.before))
         after.append(measures(done.after))

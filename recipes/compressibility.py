@@ -11,7 +11,12 @@ from study import HELD_OUT, measures, options, table
 
 from tropism.commands import align
 
-GUARDED = dict(reward=["jpeg", "shapes-alignment=2"], options={"steps": 10, "guidance": 3.0, "truncation": "2"}, updates=60, lr=2e-3)
+GUARDED = dict(
+    reward=["jpeg", "shapes-alignment=2"],
+    options={"steps": 10, "guidance": 3.0, "truncation": "2"},
+    updates=60,
+    lr=2e-3,
+)
 UNGUARDED = dict(reward=["jpeg"], options={"steps": 10, "guidance": 3.0, "truncation": "2"}, updates=100, lr=5e-3)
 
 
@@ -21,8 +26,20 @@ def main():
         before, after, seconds = [], [], []
         for seed in run.seeds if name == "guarded" else run.seeds[:1]:
             began = time.time()
-            done = align("alignprop", model="shapes", held_out=HELD_OUT, seed=seed, out=run.out / f"compressibility-{name}-{seed}",
-                         batch=16, rank=8, evaluate_every=0, evaluate_prompts=len(HELD_OUT), overwrite=True, threads=run.threads, **settings)
+            done = align(
+                "alignprop",
+                model="shapes",
+                held_out=HELD_OUT,
+                seed=seed,
+                out=run.out / f"compressibility-{name}-{seed}",
+                batch=16,
+                rank=8,
+                evaluate_every=0,
+                evaluate_prompts=len(HELD_OUT),
+                overwrite=True,
+                threads=run.threads,
+                **settings,
+            )
             seconds.append(time.time() - began)
             before.append(measures(done.before))
             after.append(measures(done.after))

@@ -18,8 +18,20 @@ def main():
     before, after, seconds = [], [], []
     for seed in run.seeds:
         began = time.time()
-        done = align("alignprop", model="shapes", held_out=HELD_OUT, seed=seed, out=run.out / f"count-{seed}", batch=16, rank=8,
-                     evaluate_every=0, evaluate_prompts=len(HELD_OUT), overwrite=True, threads=run.threads, **SETTINGS)
+        done = align(
+            "alignprop",
+            model="shapes",
+            held_out=HELD_OUT,
+            seed=seed,
+            out=run.out / f"count-{seed}",
+            batch=16,
+            rank=8,
+            evaluate_every=0,
+            evaluate_prompts=len(HELD_OUT),
+            overwrite=True,
+            threads=run.threads,
+            **SETTINGS,
+        )
         seconds.append(time.time() - began)
         before.append(measures(done.before))
         after.append(measures(done.after))

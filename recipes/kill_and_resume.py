@@ -15,13 +15,42 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = ["align", "alignprop", "--model", "shapes", "--reward", "shapes-count", "--reward", "jpeg=0.3", "--updates", "12",
-            "--batch", "4", "--steps", "6", "--checkpoint-every", "1", "--evaluate-every", "0", "--evaluate-prompts", "2", "--ema", "0.9",
-            "--threads", "1", "--truncation", "bernoulli", "--eta", "0.5"]
+SETTINGS = [
+    "align",
+    "alignprop",
+    "--model",
+    "shapes",
+    "--reward",
+    "shapes-count",
+    "--reward",
+    "jpeg=0.3",
+    "--updates",
+    "12",
+    "--batch",
+    "4",
+    "--steps",
+    "6",
+    "--checkpoint-every",
+    "1",
+    "--evaluate-every",
+    "0",
+    "--evaluate-prompts",
+    "2",
+    "--ema",
+    "0.9",
+    "--threads",
+    "1",
+    "--truncation",
+    "bernoulli",
+    "--eta",
+    "0.5",
+]
 
 
 def start(out: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "tropism.cli", *SETTINGS, "--out", str(out), *more], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tropism.cli", *SETTINGS, "--out", str(out), *more], stdout=subprocess.DEVNULL
+    )
 
 
 def finished(out: Path) -> str:

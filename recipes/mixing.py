@@ -30,21 +30,42 @@ def main():
     before, joint, curve = [], [], {m: [] for m in mixtures}
     for seed in run.seeds:
         for name, (reward, updates) in RUNS.items():
-            done = align("alignprop", model="shapes", held_out=HELD_OUT, seed=seed, out=run.out / f"mixing-{name}-{seed}", reward=reward,
-                         options=CHAIN, updates=updates, batch=16, rank=8, lr=2e-3, evaluate_every=0, evaluate_prompts=len(HELD_OUT),
-                         overwrite=True, threads=run.threads)
+            done = align(
+                "alignprop",
+                model="shapes",
+                held_out=HELD_OUT,
+                seed=seed,
+                out=run.out / f"mixing-{name}-{seed}",
+                reward=reward,
+                options=CHAIN,
+                updates=updates,
+                batch=16,
+                rank=8,
+                lr=2e-3,
+                evaluate_every=0,
+                evaluate_prompts=len(HELD_OUT),
+                overwrite=True,
+                threads=run.threads,
+            )
         before.append(measures(done.before))
         joint.append(measures(done.after))
         for c, a in mixtures:
             model = load_model("shapes")
-            lora.mix(model, {run.out / f"mixing-compress-{seed}" / "lora": c, run.out / f"mixing-align-{seed}" / "lora": a})
+            lora.mix(
+                model, {run.out / f"mixing-compress-{seed}" / "lora": c, run.out / f"mixing-align-{seed}" / "lora": a}
+            )
             curve[c, a].append(draw(model, seed))
     table("mixing-joint", run.out, before, joint, [0.0])
     mean = lambda rows, key: torch.tensor([r[key] for r in rows], dtype=torch.float64).mean().item()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     for a in (0.0, 0.5, 1.0):
         points = [curve[c, a] for c in (0.0, 0.25, 0.5, 0.75, 1.0)]
-        axis.plot([mean(p, "bytes above flat") for p in points], [mean(p, "accuracy all") for p in points], "o-", label=f"align x {a:g}")
+        axis.plot(
+            [mean(p, "bytes above flat") for p in points],
+            [mean(p, "accuracy all") for p in points],
+            "o-",
+            label=f"align x {a:g}",
+        )
     axis.plot(mean(joint, "bytes above flat"), mean(joint, "accuracy all"), "r*", markersize=12, label="joint")
     axis.plot(mean(before, "bytes above flat"), mean(before, "accuracy all"), "ks", label="base")
     axis.set(xlabel="JPEG bytes above flat", ylabel="all-attribute accuracy")
@@ -52,7 +73,9 @@ def main():
     figure.tight_layout()
     figure.savefig(run.out / "mixing.png", dpi=120)
     for (c, a), rows in curve.items():
-        print(f"compress x {c:4.2f} + align x {a:3.1f}: bytes {mean(rows, 'bytes above flat'):7.0f}  all {mean(rows, 'accuracy all'):.3f}")
+        print(
+            f"compress x {c:4.2f} + align x {a:3.1f}: bytes {mean(rows, 'bytes above flat'):7.0f}  all {mean(rows, 'accuracy all'):.3f}"
+        )
 
 
 if __name__ == "__main__":

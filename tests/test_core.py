@@ -89,7 +89,7 @@ def test_wrong_shape_names_the_reward():
     def redness(images, batch):
         return images[:, 0].mean()
 
-    with pytest.raises(UserError, match="redness.*4 samples"):
+    with pytest.raises(UserError, match=r"redness.*4 samples"):
         core.scored(redness, torch.rand(4, 3, 8, 8), Batch(["a"] * 4))
 
 

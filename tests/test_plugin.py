@@ -9,8 +9,9 @@ from tropism.plugin import is_spec, load_object
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from dataclasses import dataclass\n@dataclass\nclass Score:\n    scale: float = 2.0\n"
-                    "redness = Score()\n")
+    path.write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Score:\n    scale: float = 2.0\nredness = Score()\n"
+    )
     return path
 
 
@@ -41,9 +42,14 @@ def test_refusals(file, tmp_path):
         load_object("mine")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError"), ("import nope_nope", "nope_nope"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("def", "SyntaxError"),
+        ("import nope_nope", "nope_nope"),
+    ],
+)
 def test_a_file_that_fails(tmp_path, text, message):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(UserError, match=message):

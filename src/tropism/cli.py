@@ -19,29 +19,47 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Align diffusion models to reward functions.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Align diffusion models to reward functions.",
+)
 align_app = typer.Typer(no_args_is_help=True, help="Change a model's weights so that its samples score higher.")
 app.add_typer(align_app, name="align")
 
 HELP = {
     "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class.",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
-              "clip:FOLDER, file.py:function.",
+    "clip:FOLDER, file.py:function.",
     "prompts": ".txt (one a line), .jsonl or .csv; the bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: every tenth prompt).",
     "out": "The run folder, new or empty.",
-    "updates": "Optimiser updates.", "batch": "Samples an update.", "micro_batch": "Samples in memory at a time.",
-    "lr": "Learning rate of AdamW.", "weight_decay": "Weight decay of AdamW.", "clip": "Largest gradient norm, 0 is off.",
-    "ema": "Decay of an average of the adapter, 0 is off.", "rank": "LoRA rank.", "alpha": "LoRA alpha (default: the rank).",
-    "targets": "LoRA target modules, repeatable.", "full": "Train every U-Net weight instead of a LoRA.",
-    "eta": "0 is DDIM, 1 is as stochastic as DDPM.", "seed": "Seed of every random draw.",
-    "evaluate_every": "Updates between held-out evaluations.", "evaluate_prompts": "Held-out prompts at most.",
+    "updates": "Optimiser updates.",
+    "batch": "Samples an update.",
+    "micro_batch": "Samples in memory at a time.",
+    "lr": "Learning rate of AdamW.",
+    "weight_decay": "Weight decay of AdamW.",
+    "clip": "Largest gradient norm, 0 is off.",
+    "ema": "Decay of an average of the adapter, 0 is off.",
+    "rank": "LoRA rank.",
+    "alpha": "LoRA alpha (default: the rank).",
+    "targets": "LoRA target modules, repeatable.",
+    "full": "Train every U-Net weight instead of a LoRA.",
+    "eta": "0 is DDIM, 1 is as stochastic as DDPM.",
+    "seed": "Seed of every random draw.",
+    "evaluate_every": "Updates between held-out evaluations.",
+    "evaluate_prompts": "Held-out prompts at most.",
     "evaluate_steps": "Steps at deployment (default: those of training).",
     "evaluate_guidance": "Guidance at deployment (default: that of training).",
-    "checkpoint_every": "Updates between checkpoints.", "resume": "Go on with the run in --out.",
-    "overwrite": "Replace the run in --out.", "trackers": "tensorboard or wandb, if installed; repeatable.",
-    "device": "cpu or cuda.", "dtype": "Of the frozen networks: float32, bfloat16.", "threads": "CPU threads.",
+    "checkpoint_every": "Updates between checkpoints.",
+    "resume": "Go on with the run in --out.",
+    "overwrite": "Replace the run in --out.",
+    "trackers": "tensorboard or wandb, if installed; repeatable.",
+    "device": "cpu or cuda.",
+    "dtype": "Of the frozen networks: float32, bfloat16.",
+    "threads": "CPU threads.",
     "dry_run": "Check everything, write nothing.",
 }
 HIDDEN = ("method", "options", "command", "callback")
@@ -64,8 +82,14 @@ def _documented(function: Callable) -> dict[str, str]:
 
 
 def _flag(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
-    option = typer.Option(f"--{name.replace('_', '-')}", help=text) if kind is not bool else \
-        typer.Option(f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}" if default else f"--{name.replace('_', '-')}", help=text)
+    option = (
+        typer.Option(f"--{name.replace('_', '-')}", help=text)
+        if kind is not bool
+        else typer.Option(
+            f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}" if default else f"--{name.replace('_', '-')}",
+            help=text,
+        )
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
@@ -77,8 +101,14 @@ def _flags(function: Callable, skip: tuple[str, ...]) -> list[inspect.Parameter]
         kind = list[str] if name == "reward" else _type(hints[name])
         default = p.default if p.default is not inspect.Parameter.empty else ...
         default = list(default) if kind == list[str] and default is not ... else default
-        found.append(_flag(name, kind, str(default) if kind is str and isinstance(default, int) else default,
-                           HELP.get(name) or documented.get(name, "")))
+        found.append(
+            _flag(
+                name,
+                kind,
+                str(default) if kind is str and isinstance(default, int) else default,
+                HELP.get(name) or documented.get(name, ""),
+            )
+        )
     return found
 
 
@@ -97,7 +127,9 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     flat = {**settings, **(settings.pop("options", None) or {})}
     known = {p.name for p in context.command.params}
     if unknown := sorted(set(flat) - known - {"method", "options"}):
-        raise UserError(f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}.")
+        raise UserError(
+            f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}."
+        )
     context.default_map = {k: v for k, v in flat.items() if v is not None}
     return value
 
@@ -110,11 +142,22 @@ def _align_command(method: str) -> Callable:
 
     def run(config: Path | None = None, **values: Any) -> None:
         given = {p.name: _number(values.pop(p.name)) for p in own}
-        commands.align(method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values)
+        commands.align(
+            method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values
+        )
 
     own_defaults = [p.replace(default=None, annotation=_optional(p.annotation)) for p in own]
-    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
-        Path | None, typer.Option("--config", is_eager=True, callback=_config, help="A config.yaml whose settings become defaults.")])
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            Path | None,
+            typer.Option(
+                "--config", is_eager=True, callback=_config, help="A config.yaml whose settings become defaults."
+            ),
+        ],
+    )
     run.__signature__ = inspect.Signature([config, *common, *own_defaults])  # type: ignore[attr-defined]
     run.__doc__ = (commands.METHODS[method].__doc__ or method).splitlines()[0]
     return run
@@ -142,11 +185,13 @@ def _register() -> None:
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help=HELP["out"])] = Path("runs/demo"),
-         seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
-         resume: Annotated[bool, typer.Option("--resume", help=HELP["resume"])] = False,
-         overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
-         threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help=HELP["out"])] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help=HELP["resume"])] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
+    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
+) -> None:
     """The main job on the bundled model: no network, a minute or two on a laptop."""
     from tropism import commands
 
@@ -154,9 +199,11 @@ def demo(out: Annotated[Path, typer.Option(help=HELP["out"])] = Path("runs/demo"
 
 
 @app.command()
-def mix(adapter: Annotated[list[str], typer.Option(help="FOLDER=WEIGHT of a finished run or adapter, repeatable.")],
-        out: Annotated[Path, typer.Option(help="Where the mixed adapter goes.")],
-        model: Annotated[str, typer.Option(help=HELP["model"])] = "shapes") -> None:
+def mix(
+    adapter: Annotated[list[str], typer.Option(help="FOLDER=WEIGHT of a finished run or adapter, repeatable.")],
+    out: Annotated[Path, typer.Option(help="Where the mixed adapter goes.")],
+    model: Annotated[str, typer.Option(help=HELP["model"])] = "shapes",
+) -> None:
     """Mix finished adapters of one base model by weight: their B A products are summed."""
     from tropism import commands
 
@@ -164,9 +211,11 @@ def mix(adapter: Annotated[list[str], typer.Option(help="FOLDER=WEIGHT of a fini
 
 
 @app.command()
-def pretrain(world: Annotated[str, typer.Argument(help="shapes")] = "shapes",
-             out: Annotated[Path, typer.Option(help="Where checkpoints and the finished networks go.")] = Path("runs/pretrain"),
-             threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None) -> None:
+def pretrain(
+    world: Annotated[str, typer.Argument(help="shapes")] = "shapes",
+    out: Annotated[Path, typer.Option(help="Where checkpoints and the finished networks go.")] = Path("runs/pretrain"),
+    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
+) -> None:
     """Train the bundled networks from nothing; run it again to go on where it stopped."""
     from tropism import commands
 

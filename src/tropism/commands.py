@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tropism.align.alignprop import alignprop
-from tropism.core import Batch, Info, Model, Reward, UserError
+from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.models import lora
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
@@ -23,10 +22,9 @@ from tropism.rewards.load import load_rewards, require_gradient
 from tropism.run import report
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
-from tropism.run.products import Judge, Products, weights_of
-from tropism.run.prompts import Prompt, batch_of, read_prompts, split
+from tropism.run.products import Judge, Products
+from tropism.run.prompts import Prompt, batch_of, own_rows, train_and_held_out
 from tropism.run.record import Recorder
-from tropism.worlds import shapes
 
 METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
@@ -81,26 +79,10 @@ def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
     return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
 
 
-def _prompts(prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None, model: Any):
-    """(train, held out) prompts: the user's, or those of the bundled world."""
-    if prompts is None:
-        if model != "shapes":
-            raise UserError(f"No prompts were given, and only the bundled model 'shapes' has its own (this is {model!r}). "
-                            "Add --prompts FILE with one prompt a line.")
-        train, held = ([Prompt(s.prompt) for s in shapes.scenes(side)] for side in (False, True))
-    else:
-        train, held = split(_listed(prompts))
-    if held_out is not None:
-        train, held = _listed(prompts) if prompts is not None else train, _listed(held_out)
-    return train, held
-
-
-def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
-    if isinstance(prompts, str | Path):
-        return read_prompts(prompts)
-    if not prompts:
-        raise UserError("The list of prompts is empty. Give at least one prompt.")
-    return [Prompt(p) for p in prompts]
+def _spelled(reward: Reward | str | Sequence[Reward | str]) -> list[str]:
+    """The reward as the user wrote it; objects under their names."""
+    parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    return [p if isinstance(p, str) else name_of(p) for p in parts]
 
 
 def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
@@ -119,16 +101,43 @@ def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, 
 # ---------------------------------------------------------------------------------------------------- align
 
 
-def align(method: str, *, model: str | Model, reward: Reward | str | Sequence[Reward | str],
-          prompts: str | Path | Sequence[str] | None = None, out: str | Path, updates: int = 60, batch: int = 16,
-          options: Mapping[str, Any] | None = None, lr: float = 1e-3, weight_decay: float = 1e-4, clip: float = 1.0,
-          ema: float = 0.0, micro_batch: int | None = None, rank: int = 4, alpha: float | None = None,
-          targets: Sequence[str] = LoraSettings().targets, full: bool = False, eta: float = 0.0, seed: int = 0,
-          held_out: str | Path | Sequence[str] | None = None, evaluate_every: int = 10, evaluate_prompts: int = 32,
-          evaluate_steps: int | None = None, evaluate_guidance: float | None = None, checkpoint_every: int = 10,
-          resume: bool = False, overwrite: bool = False, trackers: Sequence[str] = (), device: str = "cpu",
-          dtype: str = "float32", threads: int | None = None, dry_run: bool = False, command: str = "",
-          callback: Callable[[int, Info], None] | None = None) -> Run | None:
+def align(
+    method: str,
+    *,
+    model: str | Model,
+    reward: Reward | str | Sequence[Reward | str],
+    prompts: str | Path | Sequence[str] | None = None,
+    out: str | Path,
+    updates: int = 60,
+    batch: int = 16,
+    options: Mapping[str, Any] | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-4,
+    clip: float = 1.0,
+    ema: float = 0.0,
+    micro_batch: int | None = None,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: Sequence[str] = LoraSettings().targets,
+    full: bool = False,
+    eta: float = 0.0,
+    seed: int = 0,
+    held_out: str | Path | Sequence[str] | None = None,
+    evaluate_every: int = 10,
+    evaluate_prompts: int = 32,
+    evaluate_steps: int | None = None,
+    evaluate_guidance: float | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    overwrite: bool = False,
+    trackers: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    dry_run: bool = False,
+    command: str = "",
+    callback: Callable[[int, Info], None] | None = None,
+) -> Run | None:
     """Change a model's weights so that its samples score higher, and leave a run folder. Returns the finished run.
 
     method: "alignprop". model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
@@ -138,37 +147,67 @@ def align(method: str, *, model: str | Model, reward: Reward | str | Sequence[Re
     evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")}
+    settings = {
+        k: v
+        for k, v in locals().items()
+        if k not in ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
+    }
     place, precision = set_up(device, dtype, threads)
     hyper = _resolved(method, model, options or {})
     reward_ = _reward(reward)
     require_gradient(reward_, f"align {method}")
-    train, held = _prompts(prompts, held_out, model)
     _positive(updates=updates, batch=batch, evaluate_prompts=evaluate_prompts, rank=rank)
-    model_ = load_model(model, dtype=precision, device=place, lora=None if full else LoraSettings(rank, alpha, tuple(targets), seed),
-                        full=full, eta=eta) if isinstance(model, str) else model
+    adapter = None if full else LoraSettings(rank, alpha, tuple(targets), seed)
+    model_ = (
+        load_model(model, dtype=precision, device=place, lora=adapter, full=full, eta=eta)
+        if isinstance(model, str)
+        else model
+    )
+    train, held = train_and_held_out(prompts, held_out, model)
     held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
     _check_chain(model_, method, hyper)
     if dry_run:
         return None
-    config = _plain({**settings, "model": str(model), "reward": [f"{n}={w:g}" for n, w in weights_of(reward_).items()], "options": hyper})
+    config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
-        for text in getattr(model_, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]:
-            recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
-        judge = Judge(Path(out), model_, reward_, held, evaluate_steps or hyper.get("steps", 50),
-                       evaluate_guidance or hyper.get("guidance", 7.5), seed, batch)
-        products = Products(Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge)
-        result = fit(_bound(METHODS[method], model_, reward_, hyper),
-                     model_.trainable(), lambda update: _own_rows(batch_of(train, batch, seed, update)), updates=updates, out=out,
-                     recorder=recorder, lr=lr, weight_decay=weight_decay, clip=clip, ema=ema, seed=seed, micro_batch=micro_batch,
-                     checkpoint_every=checkpoint_every, resume=resume, evaluate=judge, evaluate_every=evaluate_every,
-                     callback=callback, finish=products.write)
+        _say_too_long(recorder, model_, train + held)
+        chain = evaluate_steps or hyper.get("steps", 50), evaluate_guidance or hyper.get("guidance", 7.5)
+        judge = Judge(Path(out), model_, reward_, held, *chain, seed, batch)
+        products = Products(
+            Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge
+        )
+        result = fit(
+            _bound(METHODS[method], model_, reward_, hyper),
+            model_.trainable(),
+            lambda update: own_rows(batch_of(train, batch, seed, update)),
+            updates=updates,
+            out=out,
+            recorder=recorder,
+            lr=lr,
+            weight_decay=weight_decay,
+            clip=clip,
+            ema=ema,
+            seed=seed,
+            micro_batch=micro_batch,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            evaluate=judge,
+            evaluate_every=evaluate_every,
+            callback=callback,
+            finish=products.write,
+        )
     return Run(Path(out), judge.before, judge.after, result, products.difference)
+
+
+def _say_too_long(recorder: Recorder, model: Model, prompts: Sequence[Prompt]) -> None:
+    for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in prompts}))[:5]:
+        recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
 
 
 def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, Any]):
     return lambda batch, *, state, update, seed, micro_batch: method(
-        model, reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **hyper)
+        model, reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **hyper
+    )
 
 
 def _positive(**numbers: int):
@@ -186,18 +225,9 @@ def _check_chain(model: Model, method: str, hyper: Mapping[str, Any]):
     policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
     reward_loss(hyper.get("hinge"), hyper.get("target"))
     if not model.trainable():
-        raise UserError("This model has no trainable weights. Load it with a LoRA, or give `trainable()` some parameters.")
-
-
-def _own_rows(batch: Batch) -> Batch:
-    """This process's rows of an update's batch."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return batch
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if len(batch) < world:
-        raise UserError(f"The batch has {len(batch)} samples for {world} processes; every process needs at least one. "
-                        f"Try --batch {world}.")
-    return batch[rank::world]
+        raise UserError(
+            "This model has no trainable weights. Load it with a LoRA, or give `trainable()` some parameters."
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -212,11 +242,28 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- the others
 
 
-def demo(out: str | Path = "runs/demo", *, seed: int = 0, resume: bool = False, overwrite: bool = False,
-         threads: int | None = None, command: str = "tropism demo") -> Run | None:
+def demo(
+    out: str | Path = "runs/demo",
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    command: str = "tropism demo",
+) -> Run | None:
     """The main job on the bundled model: count what the prompt asks for, in fewer bytes."""
-    return align("alignprop", model="shapes", reward=["shapes-count", "jpeg=0.3"], out=out, seed=seed, resume=resume,
-                 overwrite=overwrite, threads=threads or min(2, os.cpu_count() or 1), command=command, **DEMO)
+    return align(
+        "alignprop",
+        model="shapes",
+        reward=["shapes-count", "jpeg=0.3"],
+        out=out,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        threads=threads or min(2, os.cpu_count() or 1),
+        command=command,
+        **DEMO,
+    )
 
 
 DEMO: dict[str, Any] = {"updates": 40, "batch": 16, "lr": 2e-3, "rank": 8}

@@ -24,8 +24,31 @@ from torch import Tensor
 
 from tropism.noise import Draw, Stream, as_index, generator, noise, uniform
 
-__all__ = ["TERMINAL", "Batch", "Cond", "Draw", "Info", "Kernel", "Model", "Normal", "Process", "Reward", "Stream", "UserError", "clamp",
-           "gather", "generator", "in_pieces", "is_differentiable", "kernel", "name_of", "noise", "scored", "scored_parts", "uniform"]
+__all__ = [
+    "TERMINAL",
+    "Batch",
+    "Cond",
+    "Draw",
+    "Info",
+    "Kernel",
+    "Model",
+    "Normal",
+    "Process",
+    "Reward",
+    "Stream",
+    "UserError",
+    "clamp",
+    "gather",
+    "generator",
+    "in_pieces",
+    "is_differentiable",
+    "kernel",
+    "name_of",
+    "noise",
+    "scored",
+    "scored_parts",
+    "uniform",
+]
 
 TERMINAL = -1.0
 
@@ -122,7 +145,9 @@ class Normal:
 
     def _log_density(self, x: Tensor) -> Tensor:
         if self.is_deterministic:
-            raise UserError("log_prob of a deterministic step: its density does not exist. Use a stochastic sampler (eta > 0).")
+            raise UserError(
+                "log_prob of a deterministic step: its density does not exist. Use a stochastic sampler (eta > 0)."
+            )
         std = torch.as_tensor(self.std, dtype=torch.float64, device=x.device)
         z = (x.double() - self.mean.double()) / std
         return -0.5 * z**2 - std.log() - 0.5 * np.log(2 * np.pi)
@@ -169,13 +194,16 @@ class Model(Protocol):
     def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor) -> Tensor: ...
     def decode(self, x0: Tensor) -> Tensor: ...
     def latents(self, samples: Tensor) -> Tensor: ...
-    def kernel(self, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float,
-               prediction: Tensor | None = None) -> tuple[Kernel, Tensor]: ...
+    def kernel(
+        self, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float, prediction: Tensor | None = None
+    ) -> tuple[Kernel, Tensor]: ...
     def base(self) -> AbstractContextManager: ...
     def trainable(self) -> dict[str, torch.nn.Parameter]: ...
 
 
-def kernel(model: Model, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float, prediction: Tensor | None = None):
+def kernel(
+    model: Model, x_t: Tensor, t: float, s: float, cond: Cond, guidance: float, prediction: Tensor | None = None
+):
     """The default `Model.kernel`: one network call (none if `prediction` is given), then the process's reverse step."""
     out = model.predict(x_t, t, cond, guidance) if prediction is None else prediction
     return model.process.reverse(x_t, model.x0(x_t, out, t), t, s), out
@@ -199,8 +227,10 @@ def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=samples.dtype, device=samples.device)
     if value.shape != (len(batch),):
-        raise UserError(f"Reward '{name_of(reward)}' returned shape {tuple(value.shape)} for {len(batch)} samples. "
-                        f"A reward returns one number per sample: return a tensor of shape ({len(batch)},).")
+        raise UserError(
+            f"Reward '{name_of(reward)}' returned shape {tuple(value.shape)} for {len(batch)} samples. "
+            f"A reward returns one number per sample: return a tensor of shape ({len(batch)},)."
+        )
     return value if value.is_floating_point() else value.to(samples.dtype)
 
 
@@ -257,8 +287,10 @@ def in_pieces(function: Callable[[slice], None], n: int, size: int) -> int:
             at += size
         except torch.OutOfMemoryError as error:
             if size == 1:
-                raise UserError("Out of memory with one sample at a time. Use a smaller picture, fewer parts, or bfloat16 "
-                                "(--dtype bfloat16).") from error
+                raise UserError(
+                    "Out of memory with one sample at a time. Use a smaller picture, fewer parts, or bfloat16 "
+                    "(--dtype bfloat16)."
+                ) from error
             size = max(1, size // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

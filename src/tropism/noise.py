@@ -34,7 +34,9 @@ class Stream(IntEnum):
 _WORD = (1 << 64) - 1
 
 
-def generator(seed: int, stream: Stream, update: int, sample: int = -1, step: int = 0, k: int = 0) -> np.random.Generator:
+def generator(
+    seed: int, stream: Stream, update: int, sample: int = -1, step: int = 0, k: int = 0
+) -> np.random.Generator:
     """A Philox-4x64 generator at a place of its own: 128 key bits and 192 counter bits hold the whole key."""
     assert 0 <= stream < 256 and 0 <= update < 1 << 56, (stream, update)
     counter = np.array([0, k & _WORD, step & _WORD, sample & _WORD], np.uint64)
@@ -52,8 +54,15 @@ def _keyed(draw: str, seed, stream, update, sample, step, k, shape) -> Tensor:
     return torch.from_numpy(out)
 
 
-def noise(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
-          shape: Sequence[int]) -> Tensor:
+def noise(
+    seed: int,
+    stream: Stream,
+    update: int,
+    sample: int | Sequence[int],
+    step: int,
+    k: int | Sequence[int],
+    shape: Sequence[int],
+) -> Tensor:
     """Standard normals (len(sample), len(k), *shape), float32 on the CPU, a pure function of the arguments.
 
     `sample` is the global index of a sample in the update's whole batch (-1 for draws about a batch), `k` the candidate.
@@ -61,8 +70,15 @@ def noise(seed: int, stream: Stream, update: int, sample: int | Sequence[int], s
     return _keyed("standard_normal", seed, stream, update, sample, step, k, shape)
 
 
-def uniform(seed: int, stream: Stream, update: int, sample: int | Sequence[int], step: int, k: int | Sequence[int],
-            shape: Sequence[int]) -> Tensor:
+def uniform(
+    seed: int,
+    stream: Stream,
+    update: int,
+    sample: int | Sequence[int],
+    step: int,
+    k: int | Sequence[int],
+    shape: Sequence[int],
+) -> Tensor:
     """The twin of `noise` with uniforms on [0, 1)."""
     return _keyed("random", seed, stream, update, sample, step, k, shape)
 

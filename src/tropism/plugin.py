@@ -27,8 +27,10 @@ def _run(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"Importing {file} failed with {type(error).__name__}: {error}. "
-                        f"Run `python {file}` to see where, and mend it.") from error
+        raise UserError(
+            f"Importing {file} failed with {type(error).__name__}: {error}. "
+            f"Run `python {file}` to see where, and mend it."
+        ) from error
     return module
 
 

@@ -1,5 +1,7 @@
 """AlignProp as an algorithm: one update is one yield, the reward rises, the options do what they say."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from toy import ToyModel, batch, smooth_reward
@@ -14,7 +16,9 @@ def colour(images, batch):
 
 
 def update(model, reward=colour, n=0, **options):
-    run = alignprop(model, reward, batch(6), state={"kept": 1}, update=n, seed=4, **{"steps": 10, "guidance": 2.0, **options})
+    run = alignprop(
+        model, reward, batch(6), state={"kept": 1}, update=n, seed=4, **{"steps": 10, "guidance": 2.0, **options}
+    )
     loss, info = next(run)
     for p in model.trainable().values():
         p.grad = None
@@ -49,7 +53,7 @@ def test_on_fixed_noise_every_update_rises():
         _, info, _ = update(model, truncation="full")
         rewards.append(info.columns["reward"].mean().item())
         optimiser.step()
-    assert all(b > a for a, b in zip(rewards[:-1], rewards[1:], strict=True))
+    assert all(b > a for a, b in pairwise(rewards))
 
 
 def test_detached_inputs_also_rise():
@@ -99,9 +103,15 @@ def test_micro_batches_add_up():
     assert (whole - parts).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"hinge": 1.0, "target": 1.0}, "one loss"), ({"drift": -1.0}, "negative"), ({"truncation": 11}, "10 steps"),
-    ({"steps": 1000}, "1..100")])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"hinge": 1.0, "target": 1.0}, "one loss"),
+        ({"drift": -1.0}, "negative"),
+        ({"truncation": 11}, "10 steps"),
+        ({"steps": 1000}, "1..100"),
+    ],
+)
 def test_bad_options_are_explained(options, says):
     with pytest.raises(UserError, match=says):
         update(ToyModel(), **options)
@@ -111,7 +121,7 @@ def test_a_reward_without_a_graph_is_refused():
     def scored_by_numpy(images, batch):
         return torch.tensor(images.detach().numpy().mean((1, 2, 3)))
 
-    with pytest.raises(UserError, match="scored_by_numpy.*without a gradient"):
+    with pytest.raises(UserError, match=r"scored_by_numpy.*without a gradient"):
         update(ToyModel(), scored_by_numpy)
 
 

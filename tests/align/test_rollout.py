@@ -25,8 +25,9 @@ def chain(model, active, b=None, guidance=3.0, steps=N, **options):
     d = Draw(3, 0, b.index)
     cond = model.encode(b, d)
     times = model.process.times(steps, cond.shape)
-    return Chain(model, options.pop("reward", smooth_reward), b, cond, d, tuple(times.tolist()), guidance, active, **options), \
-        model.start(cond, d, times)[0]
+    return Chain(
+        model, options.pop("reward", smooth_reward), b, cond, d, tuple(times.tolist()), guidance, active, **options
+    ), model.start(cond, d, times)[0]
 
 
 def flat(gradient):
@@ -37,6 +38,7 @@ def drift(model):
     def penalty(x_t, out, t, cond):
         with model.base():
             return 0.3 * (out - model.predict(x_t, t, cond, 3.0)).pow(2).flatten(1).sum(1)
+
     return penalty
 
 
@@ -44,8 +46,9 @@ LOSSES = {"ascend": lambda r: -r, "hinge": lambda r: (0.1 - r).clamp_min(0), "ta
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("options", [{}, {"detach_input": True}, {"penalty": True}, {"stop": 6}, {"penalty": True, "stop": 5}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"detach_input": True}, {"penalty": True}, {"stop": 6}, {"penalty": True, "stop": 5}], ids=str
+)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_sweep_equals_plain_autograd(name, options, eta):
     model = ToyModel(eta=eta)
@@ -123,7 +126,9 @@ def test_truncated_gradient_is_the_sum_of_the_active_steps():
     """Give every step its own copy of the parameters: the full gradient splits by step, but only where inputs are detached."""
     model = ToyModel()
     parameters = [model.a, model.b]
-    one = lambda i: flat(sweep(chain(model, tuple(j == i for j in range(N)), detach_input=True)[0], x, lambda r: -r, parameters).gradient)
+    one = lambda i: flat(
+        sweep(chain(model, tuple(j == i for j in range(N)), detach_input=True)[0], x, lambda r: -r, parameters).gradient
+    )
     c, x = chain(model, SETS["holes"], detach_input=True)
     together = flat(sweep(c, x, lambda r: -r, parameters).gradient)
     apart = sum(one(i) for i in range(N) if SETS["holes"][i])

@@ -20,9 +20,14 @@ def within_three_sigma(frequency, p):
     return np.all(np.abs(frequency - p) <= 3.7 * np.sqrt(p * (1 - p) / DRAWS) + 1e-12)
 
 
-@pytest.mark.parametrize(("policy", "marginal"), [
-    (T.suffix_uniform, (np.arange(N) + 1) / N), (T.bernoulli, (np.arange(N) + 1) / N),
-    (T.bernoulli_released, (np.arange(N) + 1) / (N + 1))])
+@pytest.mark.parametrize(
+    ("policy", "marginal"),
+    [
+        (T.suffix_uniform, (np.arange(N) + 1) / N),
+        (T.bernoulli, (np.arange(N) + 1) / N),
+        (T.bernoulli_released, (np.arange(N) + 1) / (N + 1)),
+    ],
+)
 def test_marginals(policy, marginal):
     assert within_three_sigma(simulate(policy).mean(0), marginal)
 

@@ -79,8 +79,14 @@ def test_plain_diffusers_reads_what_was_saved(folder, tmp_path):
     torch.testing.assert_close(out, model.predict(x, 501, cond, 1.0), rtol=0, atol=1e-5)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(BATCH.prompts, negative_prompt=BATCH.negative_prompts, latents=x, num_inference_steps=4,
-                    guidance_scale=3.0, output_type="np").images
+    pictures = pipe(
+        BATCH.prompts,
+        negative_prompt=BATCH.negative_prompts,
+        latents=x,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images
     torch.testing.assert_close(drawn(model), torch.from_numpy(pictures).permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
 
 
@@ -123,20 +129,25 @@ def test_load(folder, tmp_path):
 
 def test_load_reads_the_names_others_write(folders, tmp_path):
     model = made(folders["epsilon"], LoraSettings(3))
-    renamed = {f"unet.{k}".replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v.detach().clone()
-               for k, v in lora.factors(model.unet).items()}
+    renamed = {
+        f"unet.{k}".replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v.detach().clone()
+        for k, v in lora.factors(model.unet).items()
+    }
     save_file(renamed, tmp_path / lora.FILE)
     other = made(folders["epsilon"], LoraSettings(3), seed=1)
     lora.load(other, tmp_path)
     assert torch.equal(drawn(other), drawn(model))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    (LoraSettings(4, 6), r"shape \(64\).*expected \(4, 8\).*--rank 2 --alpha 6"),
-    (LoraSettings(2, 6, ("to_q",)), r"unexpected \(48\).*to_k"),
-    (LoraSettings(2, 6, ("to_q", "to_k", "to_v", "to_out.0", "proj_in")), r"missing \(8\).*proj_in"),
-    (LoraSettings(2, 2), r"has alpha 6; this model's is 2.*--alpha 6"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (LoraSettings(4, 6), r"shape \(64\).*expected \(4, 8\).*--rank 2 --alpha 6"),
+        (LoraSettings(2, 6, ("to_q",)), r"unexpected \(48\).*to_k"),
+        (LoraSettings(2, 6, ("to_q", "to_k", "to_v", "to_out.0", "proj_in")), r"missing \(8\).*proj_in"),
+        (LoraSettings(2, 2), r"has alpha 6; this model's is 2.*--alpha 6"),
+    ],
+)
 def test_an_adapter_that_does_not_fit(folders, tmp_path, settings, message):
     lora.save(made(folders["epsilon"]), tmp_path)
     model = made(folders["epsilon"], settings)

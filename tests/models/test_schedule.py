@@ -9,12 +9,17 @@ from tropism.core import UserError
 from tropism.models import schedule
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    {"beta_schedule": "squaredcos_cap_v2"},
-    {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()},
-    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-], ids=["linear", "scaled_linear", "cosine", "trained", "zero_snr"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=["linear", "scaled_linear", "cosine", "trained", "zero_snr"],
+)
 def test_tables(options):
     scheduler = DDIMScheduler(**options)
     ours = torch.tensor(schedule.alpha_bars(scheduler.config), dtype=torch.float64)
@@ -22,10 +27,17 @@ def test_tables(options):
     assert ours[-1] == 0 if "rescale_betas_zero_snr" in options else ours[-1] > 0
 
 
-@pytest.mark.parametrize(("scheduler", "to_one"), [
-    (DDIMScheduler(), True), (DDIMScheduler(set_alpha_to_one=False), False), (PNDMScheduler(), False),
-    (PNDMScheduler(set_alpha_to_one=True), True), (DDPMScheduler(), True), (EulerDiscreteScheduler(), True),
-])
+@pytest.mark.parametrize(
+    ("scheduler", "to_one"),
+    [
+        (DDIMScheduler(), True),
+        (DDIMScheduler(set_alpha_to_one=False), False),
+        (PNDMScheduler(), False),
+        (PNDMScheduler(set_alpha_to_one=True), True),
+        (DDPMScheduler(), True),
+        (EulerDiscreteScheduler(), True),
+    ],
+)
 def test_final(scheduler, to_one):
     process = schedule.process({**scheduler.config, "_class_name": type(scheduler).__name__})
     assert process.final == (1.0 if to_one else process.alpha_bars[0])

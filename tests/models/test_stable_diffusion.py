@@ -109,11 +109,14 @@ def test_pickles_are_refused(folders, tmp_path):
         StableDiffusion.load(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}), "could not be read: sigmoid"),
-    (("scheduler/scheduler_config.json", {"prediction_type": "flow"}), "prediction_type is 'flow'"),
-    (("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}), "is a StableDiffusionXLPipeline"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}), "could not be read: sigmoid"),
+        (("scheduler/scheduler_config.json", {"prediction_type": "flow"}), "prediction_type is 'flow'"),
+        (("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}), "is a StableDiffusionXLPipeline"),
+    ],
+)
 def test_foreign_folders(folders, tmp_path, change, message):
     part, values = change
     folder = copied(folders["epsilon"], tmp_path / "m", part)

@@ -47,13 +47,16 @@ def ours(scheduler, x, steps, eta, noise):
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(("options", "steps"), [
-    ({"timestep_spacing": "leading", "steps_offset": 1}, 50),
-    ({"timestep_spacing": "leading", "steps_offset": 1}, 7),
-    ({"timestep_spacing": "leading"}, 125),
-    ({"timestep_spacing": "trailing"}, 20),
-    ({"timestep_spacing": "trailing"}, 1),
-])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"timestep_spacing": "leading", "steps_offset": 1}, 50),
+        ({"timestep_spacing": "leading", "steps_offset": 1}, 7),
+        ({"timestep_spacing": "leading"}, 125),
+        ({"timestep_spacing": "trailing"}, 20),
+        ({"timestep_spacing": "trailing"}, 1),
+    ],
+)
 @pytest.mark.parametrize("to_one", [False, True])
 def test_ddim(eta, prediction, options, steps, to_one):
     scheduler = doubled(DDIMScheduler(**SD, **options, prediction_type=prediction, set_alpha_to_one=to_one))

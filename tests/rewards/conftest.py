@@ -8,15 +8,24 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from tropism.rewards.clip import Clip
 
-PROMPTS = ["three red circles on sand", "one blue star on sky", "five white crosses on slate",
-           "two black squares on mint"]
+PROMPTS = [
+    "three red circles on sand",
+    "one blue star on sky",
+    "five white crosses on slate",
+    "two black squares on mint",
+]
 
 
 def tiny_clip(tokenizer) -> CLIPModel:
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(**small, vocab_size=len(tokenizer), max_position_embeddings=40,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                          pad_token_id=tokenizer.pad_token_id)
+    text = CLIPTextConfig(
+        **small,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=40,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     vision = CLIPVisionConfig(**small, image_size=48, patch_size=8)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))

@@ -30,9 +30,15 @@ def test_the_sum_and_its_unweighted_parts(images):
     torch.testing.assert_close(both.total(parts), both(x, BATCH))
 
 
-@pytest.mark.parametrize(("weights", "name"), [
-    ((1, 0.3), "a + 0.3 b"), ((1, -1), "a - b"), ((-0.5, 2), "-0.5 a + 2 b"), ((-1, 1), "-a + b"),
-])
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ((1, 0.3), "a + 0.3 b"),
+        ((1, -1), "a - b"),
+        ((-0.5, 2), "-0.5 a + 2 b"),
+        ((-1, 1), "-a + b"),
+    ],
+)
 def test_names(weights, name):
     assert weighted(zip((part("a"), part("b")), weights, strict=True)).name == name
 

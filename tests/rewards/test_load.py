@@ -30,11 +30,17 @@ def mine(tmp_path):
     return f"{tmp_path}/mine.py"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("jpeg", ("jpeg", 1.0)), ("jpeg=0.3", ("jpeg", 0.3)), ("clip:a/b=-2", ("clip:a/b", -2.0)),
-    ("jpeg=1e-3", ("jpeg", 1e-3)),
-    ("lr=1/mine.py:bright", ("lr=1/mine.py:bright", 1.0)), ("lr=1/mine.py:bright=0.5", ("lr=1/mine.py:bright", 0.5)),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("jpeg", ("jpeg", 1.0)),
+        ("jpeg=0.3", ("jpeg", 0.3)),
+        ("clip:a/b=-2", ("clip:a/b", -2.0)),
+        ("jpeg=1e-3", ("jpeg", 1e-3)),
+        ("lr=1/mine.py:bright", ("lr=1/mine.py:bright", 1.0)),
+        ("lr=1/mine.py:bright=0.5", ("lr=1/mine.py:bright", 0.5)),
+    ],
+)
 def test_split_at_the_last_equals_sign(text, expected):
     assert split(text) == expected
 

@@ -16,8 +16,10 @@ def save(folder, update, value=1.0, **options):
 
 
 def test_round_trip(tmp_path):
-    tensors = {"weights": {"../x": torch.arange(6).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
-               "state": {"scalar": torch.tensor(3.0)}}
+    tensors = {
+        "weights": {"../x": torch.arange(6).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
+        "state": {"scalar": torch.tensor(3.0)},
+    }
     checkpoint.save(tmp_path, 7, tensors, {"state": {"k": [1, None, "ü"]}})
     found = checkpoint.newest(tmp_path)
     assert (found.update, found.values, found.remarks) == (7, {"state": {"k": [1, None, "ü"]}}, ())

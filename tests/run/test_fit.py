@@ -65,8 +65,13 @@ def test_twenty_kills_leave_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits(tmp_path, number, code):
-    child = subprocess.Popen([sys.executable, trainee.__file__, "run", str(tmp_path / "run")], env=ENVIRONMENT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, trainee.__file__, "run", str(tmp_path / "run")],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
@@ -209,8 +214,13 @@ def test_later_infinite_gradient_keeps_the_last_checkpoint(tmp_path, bad):
     weights = trainee.parameters()
     scale = lambda u: bad if u == 5 else 1.0
     with pytest.raises(UserError, match=r"Update 5.*not finite.*step-000004 is kept"):
-        run(tmp_path / "run", simple(lambda u: ((weights["first"] * scale(u)).sum(), torch.ones(8))), weights, 9,
-            checkpoint_every=2)
+        run(
+            tmp_path / "run",
+            simple(lambda u: ((weights["first"] * scale(u)).sum(), torch.ones(8))),
+            weights,
+            9,
+            checkpoint_every=2,
+        )
     assert all(bool(torch.isfinite(w).all()) for w in weights.values())
 
 
@@ -239,8 +249,10 @@ def test_accumulation_and_mean_gradient():
         optimiser.backward(loss, [info.samples])
         gradients.append(weights["first"].grad)
         weights["first"].grad = None
-        (mean,) = torch.autograd.grad(next(trainee.quadratic(weights)(trainee.batches(0), state={}, update=0, seed=1,
-                                                                  micro_batch=None))[0] / 8, weights["first"])
+        (mean,) = torch.autograd.grad(
+            next(trainee.quadratic(weights)(trainee.batches(0), state={}, update=0, seed=1, micro_batch=None))[0] / 8,
+            weights["first"],
+        )
         torch.testing.assert_close(gradients[-1], mean, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
 
@@ -270,8 +282,16 @@ def test_ema_is_the_closed_form(tmp_path):
         held.append(weights["first"].detach().clone())
         return {}
 
-    result = run(tmp_path / "run", trainee.quadratic(weights), weights, 4, ema=0.8, evaluate=evaluate, evaluate_every=1,
-                 callback=lambda update, info: path.append(weights["first"].detach().clone()))
+    result = run(
+        tmp_path / "run",
+        trainee.quadratic(weights),
+        weights,
+        4,
+        ema=0.8,
+        evaluate=evaluate,
+        evaluate_every=1,
+        callback=lambda update, info: path.append(weights["first"].detach().clone()),
+    )
     average = 0.8**4 * start + sum(0.2 * 0.8 ** (3 - i) * p for i, p in enumerate(path))
     torch.testing.assert_close(weights["first"].detach(), average, rtol=1e-12, atol=1e-14)
     assert torch.equal(held[0], start)
@@ -349,8 +369,14 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_row_of_an_update(tmp_path):
     weights = trainee.parameters()
-    run(tmp_path / "run", trainee.quadratic(weights), weights, 2, evaluate=lambda u: {"held_out/reward": float(u)},
-        finish=lambda: (tmp_path / "finished").touch())
+    run(
+        tmp_path / "run",
+        trainee.quadratic(weights),
+        weights,
+        2,
+        evaluate=lambda u: {"held_out/reward": float(u)},
+        finish=lambda: (tmp_path / "finished").touch(),
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0] == {"update": 0, "held_out/reward": 0.0}
     assert rows[1].keys() == {
@@ -372,8 +398,15 @@ def test_plain_lines_without_a_terminal(tmp_path):
     text = io.StringIO()
     weights = trainee.parameters()
     with Recorder(tmp_path / "run", {}, console=Console(file=text, soft_wrap=True)) as recorder:
-        fit(trainee.quadratic(weights), weights, trainee.batches, updates=40, out=tmp_path / "run", recorder=recorder,
-            evaluate=lambda u: {"held_out/reward": 0.5})
+        fit(
+            trainee.quadratic(weights),
+            weights,
+            trainee.batches,
+            updates=40,
+            out=tmp_path / "run",
+            recorder=recorder,
+            evaluate=lambda u: {"held_out/reward": 0.5},
+        )
     lines = text.getvalue().splitlines()
     assert 20 <= len(lines) <= 25
     assert "\x1b" not in text.getvalue()

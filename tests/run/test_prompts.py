@@ -8,10 +8,14 @@ from tropism.core import UserError
 from tropism.run.prompts import Prompt, batch_of, read_prompts, split
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.txt", "\ufeffa cat\r\n\r\n  a dog \r\n"),
-    ("a.jsonl", '{"prompt": "a cat"}\n\n{"prompt": "a dog", "metadata": {"n": 1}}\n'),
-    ("a.csv", "prompt,negative_prompt\na cat,\na dog,blur\n")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "\ufeffa cat\r\n\r\n  a dog \r\n"),
+        ("a.jsonl", '{"prompt": "a cat"}\n\n{"prompt": "a dog", "metadata": {"n": 1}}\n'),
+        ("a.csv", "prompt,negative_prompt\na cat,\na dog,blur\n"),
+    ],
+)
 def test_the_three_kinds(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert [p.text for p in read_prompts(tmp_path / name)] == ["a cat", "a dog"]
@@ -22,11 +26,21 @@ def test_negative_prompts_and_metadata(tmp_path):
     assert read_prompts(tmp_path / "a.jsonl") == [Prompt("x", "y", (("n", 1),))]
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("a.txt", b"", "holds no prompt"), ("a.txt", b"\n \n", "holds no prompt"), ("a.txt", b"a\0b", "binary"),
-    ("a.txt", b"\xff\xfe\x00a", "not UTF-8"), ("a.png", b"x", "Use .txt"), ("a.jsonl", b"{", "line 1 is not JSON"),
-    ("a.jsonl", b'{"text": "x"}', "no `prompt`"), ("a.jsonl", b"[1]", "no `prompt`"), ("a.csv", b"text\nx\n", "no `prompt`"),
-    ("a.txt", b"x" * 30_000, "30000 characters")])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"", "holds no prompt"),
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"a\0b", "binary"),
+        ("a.txt", b"\xff\xfe\x00a", "not UTF-8"),
+        ("a.png", b"x", "Use .txt"),
+        ("a.jsonl", b"{", "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}', "no `prompt`"),
+        ("a.jsonl", b"[1]", "no `prompt`"),
+        ("a.csv", b"text\nx\n", "no `prompt`"),
+        ("a.txt", b"x" * 30_000, "30000 characters"),
+    ],
+)
 def test_bad_files_are_explained(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):

@@ -16,8 +16,11 @@ EVIL = "<script>alert(1)</script> | `x` [link](http://evil) ![i](javascript:1) *
 
 def evaluation(value: float, prompts: list[str], size: int = 16) -> Evaluation:
     images = torch.rand(len(prompts), 3, size, size, generator=torch.Generator().manual_seed(0))
-    columns = {"reward": torch.linspace(0, 1, len(prompts)) + value, "jpeg & <b>": torch.ones(len(prompts)) * value,
-               "drift": torch.full((len(prompts),), value)}
+    columns = {
+        "reward": torch.linspace(0, 1, len(prompts)) + value,
+        "jpeg & <b>": torch.ones(len(prompts)) * value,
+        "drift": torch.full((len(prompts),), value),
+    }
     return Evaluation(images * (1 - value), columns, prompts, 0.5 - value / 10)
 
 
@@ -115,19 +118,26 @@ def test_rows_are_paired():
 
 def test_curves_have_a_panel_for_each_measure(tmp_path):
     assert pictures.panels(finished().lines) == [
-        ("reward", ["reward", "held_out/reward"]), ("<i>$x_1", ["held_out/<i>$x_1"]), ("diversity", ["diversity"]),
-        ("drift", ["drift"]), ("gradient_norm", ["gradient_norm"])]
+        ("reward", ["reward", "held_out/reward"]),
+        ("<i>$x_1", ["held_out/<i>$x_1"]),
+        ("diversity", ["diversity"]),
+        ("drift", ["drift"]),
+        ("gradient_norm", ["gradient_norm"]),
+    ]
     pictures.curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    assert report.html(tmp_path, finished()).count("<img class=\"curve\"") == 0
+    assert report.html(tmp_path, finished()).count('<img class="curve"') == 0
 
 
 def test_card(tmp_path):
     run = finished()
     text = card.write(tmp_path, run).read_text()
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
-    assert yaml.safe_load(head) == {"library_name": "diffusers", "base_model": run.base,
-                                    "tags": ["lora", "text-to-image", "diffusers", "tropism", "alignprop"]}
+    assert yaml.safe_load(head) == {
+        "library_name": "diffusers",
+        "base_model": run.base,
+        "tags": ["lora", "text-to-image", "diffusers", "tropism", "alignprop"],
+    }
     prose = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
     assert "<" not in prose
     assert "](http" not in prose

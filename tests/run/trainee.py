@@ -67,8 +67,17 @@ def quadratic(weights, pieces: int | None = None, pause: float = 0.0, yields: in
     return step
 
 
-def run(folder: Path, updates: int, *, resume: bool = False, pause: float = 0.0, every: int = 3, ema: float = 0.9,
-        recorder: Recorder | None = None, **options):
+def run(
+    folder: Path,
+    updates: int,
+    *,
+    resume: bool = False,
+    pause: float = 0.0,
+    every: int = 3,
+    ema: float = 0.9,
+    recorder: Recorder | None = None,
+    **options,
+):
     weights = parameters()
     with recorder or Recorder(folder, {"updates": updates}, resume=resume) as record:
         return weights, fit(
@@ -97,15 +106,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def fuzz(folder: Path, kills: int, updates: int = 30) -> dict:
-    """Forks children that are killed at random moments until one is left to finish; forking saves the time to import.
-    """
+    """Forks children that are killed at random moments until one is left to finish; forking saves the time to import."""
     run(folder / "whole", updates, every=2)  # before the first fork, for torch's lazy imports
     random.seed(1)
     hit, started = 0, []
     for k in range(kills + 1):
         child = os.fork()
         if child == 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the child ends with it
             _, result = run(folder / "killed", updates, resume=True, pause=0.01, every=2)
             os._exit(0 if result.updates == updates else 1)
         if k < kills:

@@ -27,7 +27,9 @@ def test_prompts_read_back():
     assert Scene(2, "cross", "red", "sand").prompt == "two red crosses on sand"
 
 
-@pytest.mark.parametrize("prompt", ["", "a cat", "three red circles on mars", "six red circles on sand", "two pink stars on sky"])
+@pytest.mark.parametrize(
+    "prompt", ["", "a cat", "three red circles on mars", "six red circles on sand", "two pink stars on sky"]
+)
 def test_other_prompts_are_refused(prompt):
     with pytest.raises(ValueError, match="three red circles on sand"):
         shapes.parse_prompt(prompt)
@@ -85,6 +87,7 @@ def test_centres_lie_inside_their_objects():
 
 def test_the_hidden_taste_peaks_where_it_says():
     """Closed form: 0 at warmth 0.20 and brightness 0.66, -1/2 one width away, falling on both sides."""
+
     def flat(warmth, brightness):
         green = brightness - (0.299 - 0.114) * warmth / 2  # red = g + w/2, blue = g - w/2
         return torch.tensor([green + warmth / 2, green, green - warmth / 2]).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)

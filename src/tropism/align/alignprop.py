@@ -15,10 +15,24 @@ from tropism.align.truncation import Policy, active_steps
 from tropism.core import Batch, Cond, Draw, Info, Model, Reward, Stream, UserError, generator, name_of
 
 
-def alignprop(model: Model, reward: Reward, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None = None,
-              steps: int = 50, guidance: float = 7.5, truncation: str | int | Policy = "suffix-uniform",
-              detach_input: bool = False, hinge: float | None = None, target: float | None = None, drift: float = 0.0,
-              drift_detach: bool = False) -> Iterator[tuple[Tensor, Info]]:
+def alignprop(
+    model: Model,
+    reward: Reward,
+    batch: Batch,
+    *,
+    state: dict,
+    update: int,
+    seed: int,
+    micro_batch: int | None = None,
+    steps: int = 50,
+    guidance: float = 7.5,
+    truncation: str | int | Policy = "suffix-uniform",
+    detach_input: bool = False,
+    hinge: float | None = None,
+    target: float | None = None,
+    drift: float = 0.0,
+    drift_detach: bool = False,
+) -> Iterator[tuple[Tensor, Info]]:
     """One update: sample the whole chain, ascend the reward's own gradient through its active steps. Yields one (loss, Info).
 
     steps: N denoising steps. guidance: w of uncond + w (cond - uncond).
@@ -37,13 +51,26 @@ def alignprop(model: Model, reward: Reward, batch: Batch, *, state: dict, update
         x_T, first = model.start(cond, draw, times)
     runs = steps - first
     active = (False,) * first + active_steps(truncation, runs, generator(seed, Stream.TRUNCATION, update))
-    chain = Chain(model, reward, batch, cond, draw, tuple(times.tolist()), guidance, active, first, detach_input=detach_input,
-                  step_loss=drift_penalty(model, guidance, drift, sum(active), drift_detach))
+    chain = Chain(
+        model,
+        reward,
+        batch,
+        cond,
+        draw,
+        tuple(times.tolist()),
+        guidance,
+        active,
+        first,
+        detach_input=detach_input,
+        step_loss=drift_penalty(model, guidance, drift, sum(active), drift_detach),
+    )
     parameters = list(model.trainable().values())
     swept = sweep(chain, x_T, loss, parameters, micro_batch)
     if not swept.has_graph:
-        raise UserError(f"Reward '{name_of(reward)}' returned values without a gradient, and AlignProp needs one. "
-                        "Compute the reward from the images with torch operations, without .item(), numpy, PIL or torch.no_grad().")
+        raise UserError(
+            f"Reward '{name_of(reward)}' returned values without a gradient, and AlignProp needs one. "
+            "Compute the reward from the images with torch operations, without .item(), numpy, PIL or torch.no_grad()."
+        )
     value = swept.losses.sum() + swept.step_losses.sum()
     yield surrogate(swept.gradient, parameters, value), report(swept, len(batch), active)
     return state
@@ -52,7 +79,9 @@ def alignprop(model: Model, reward: Reward, batch: Batch, *, state: dict, update
 def reward_loss(hinge: float | None, target: float | None):
     """The elementwise loss of a reward: -r, the hinge max(0, c - r), or the distance |r - c|."""
     if hinge is not None and target is not None:
-        raise UserError(f"Both hinge ({hinge}) and target ({target}) are given, but a reward has one loss. Drop one of them.")
+        raise UserError(
+            f"Both hinge ({hinge}) and target ({target}) are given, but a reward has one loss. Drop one of them."
+        )
     if hinge is not None:
         return lambda r: (hinge - r).clamp_min(0)
     return (lambda r: (r - target).abs()) if target is not None else (lambda r: -r)
@@ -75,8 +104,18 @@ def drift_penalty(model: Model, guidance: float, weight: float, active: int, det
 
 def report(swept: Swept, samples: int, active: tuple[bool, ...]) -> Info:
     """What the update says of itself."""
-    scalars = {"active_steps": float(sum(active)), "clamped": swept.clamped, "loss": swept.losses.mean().item(),
-               "drift_penalty": swept.step_losses.mean().item(), "micro_batch": float(swept.piece)}
+    scalars = {
+        "active_steps": float(sum(active)),
+        "clamped": swept.clamped,
+        "loss": swept.losses.mean().item(),
+        "drift_penalty": swept.step_losses.mean().item(),
+        "micro_batch": float(swept.piece),
+    }
     scalars |= {f"step_norm/{i}": n for i, n in sorted(swept.step_norms.items())}
-    return Info(samples, {"reward": swept.rewards, **swept.parts}, scalars,
-                {**swept.rows, "decode": samples, "reward": samples}, swept.images)
+    return Info(
+        samples,
+        {"reward": swept.rewards, **swept.parts},
+        scalars,
+        {**swept.rows, "decode": samples, "reward": samples},
+        swept.images,
+    )

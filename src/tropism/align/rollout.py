@@ -149,7 +149,11 @@ def _back_through(chain: Chain, i: int, x: Tensor, out: Tensor | None, above: Te
             extra = chain.step_loss(x, fresh, chain.times[i], chain.cond)
             total = total + extra.sum()
         gradient = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
-    return gradient[0], [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient[1:], strict=True)], extra.detach()
+    return (
+        gradient[0],
+        [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient[1:], strict=True)],
+        extra.detach(),
+    )
 
 
 def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor], micro_batch: int | None = None) -> Swept:
@@ -173,16 +177,25 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor], micro_b
     size = in_pieces(score, len(x), size)
     rewards, gradient, parts, images, alive = _joined([scores[k] for k in sorted(scores)])
     above = gradient * _slope(loss, rewards).abs().to(gradient).reshape(-1, *[1] * (x.ndim - 1))
-    result = Swept([torch.zeros_like(p) for p in parameters], rewards, loss(rewards), parts, images,
-                   x.new_zeros(len(x)), clamped=((images <= 0) | (images >= 1)).float().mean().item(), has_graph=alive)
+    result = Swept(
+        [torch.zeros_like(p) for p in parameters],
+        rewards,
+        loss(rewards),
+        parts,
+        images,
+        x.new_zeros(len(x)),
+        clamped=((images <= 0) | (images >= 1)).float().mean().item(),
+        has_graph=alive,
+    )
     for i in reversed(chain.running):
         if i < chain.first_active:
             break
         below, total = torch.empty_like(x), [torch.zeros_like(p) for p in parameters]
 
         def step(rows: slice, i=i, below=below, total=total, above=above):
-            cotangent, gradients, extra = _back_through(chain[rows], i, states[i][rows], outputs[i][rows] if i in outputs else None,
-                                                        above[rows], parameters)
+            cotangent, gradients, extra = _back_through(
+                chain[rows], i, states[i][rows], outputs[i][rows] if i in outputs else None, above[rows], parameters
+            )
             below[rows] = cotangent
             result.step_losses[rows] += extra
             for a, g in zip(total, gradients or [], strict=False):
@@ -213,12 +226,19 @@ def plain(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor]) -> Swep
         images = chain.model.decode(chain.model.process.complete(x, x))
         rewards, parts = scored_parts(chain.reward, images, chain.batch)
         losses = loss(rewards)
-        total = (losses.sum() + extra.sum())
+        total = losses.sum() + extra.sum()
         alive = total.requires_grad
         gradient = torch.autograd.grad(total, parameters, allow_unused=True) if alive else [None] * len(parameters)
-    return Swept([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)], rewards.detach(),
-                 losses.detach(), {k: v.detach() for k, v in parts.items()}, images.detach(), extra.detach(),
-                 has_graph=alive, rows={"forward": network.rows()})
+    return Swept(
+        [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)],
+        rewards.detach(),
+        losses.detach(),
+        {k: v.detach() for k, v in parts.items()},
+        images.detach(),
+        extra.detach(),
+        has_graph=alive,
+        rows={"forward": network.rows()},
+    )
 
 
 def surrogate(gradient: list[Tensor], parameters: list[Tensor], value: Tensor) -> Tensor:
@@ -228,8 +248,13 @@ def surrogate(gradient: list[Tensor], parameters: list[Tensor], value: Tensor) -
 
 def _joined(pieces: list[tuple]):
     rewards, gradient, parts, images, alive = zip(*pieces, strict=True)
-    return (torch.cat(rewards), torch.cat(gradient), {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, torch.cat(images),
-            all(alive))
+    return (
+        torch.cat(rewards),
+        torch.cat(gradient),
+        {k: torch.cat([p[k] for p in parts]) for k in parts[0]},
+        torch.cat(images),
+        all(alive),
+    )
 
 
 class _Counter:

@@ -47,7 +47,9 @@ def suffix_gaussian(n: int, rng: np.random.Generator) -> list[bool]:
             return last(n, rng, n - m)
 
 
-POLICIES: dict[str, Policy] = {f.__name__.replace("_", "-"): f for f in (suffix_uniform, bernoulli, bernoulli_released, suffix_gaussian)}
+POLICIES: dict[str, Policy] = {
+    f.__name__.replace("_", "-"): f for f in (suffix_uniform, bernoulli, bernoulli_released, suffix_gaussian)
+}
 
 
 def policy(choice: str | int | Policy, n: int) -> Policy:
@@ -62,13 +64,18 @@ def policy(choice: str | int | Policy, n: int) -> Policy:
         return partial(last, k=n)
     if text.lstrip("-").isdigit():
         if not 1 <= int(text) <= n:
-            raise UserError(f"Truncation K = {text}, but {n} steps run, so no policy can reach further back than {n} or less "
-                            f"than 1. Try --truncation {min(n, max(1, int(text)))} or more --steps.")
+            raise UserError(
+                f"Truncation K = {text}, but {n} steps run, so no policy can reach further back than {n} or less "
+                f"than 1. Try --truncation {min(n, max(1, int(text)))} or more --steps."
+            )
         return partial(last, k=int(text))
     if text not in POLICIES:
         near = difflib.get_close_matches(text, POLICIES, 1)
-        raise UserError(f"Unknown truncation '{text}'." + (f" Did you mean '{near[0]}'?" if near else "")
-                        + f" Choose a number of steps, 'full', or one of: {', '.join(POLICIES)}.")
+        raise UserError(
+            f"Unknown truncation '{text}'."
+            + (f" Did you mean '{near[0]}'?" if near else "")
+            + f" Choose a number of steps, 'full', or one of: {', '.join(POLICIES)}."
+        )
     return POLICIES[text]
 
 
@@ -76,5 +83,7 @@ def active_steps(choice: str | int | Policy, n: int, rng: np.random.Generator) -
     """Draw the active set of one update. Raises UserError if a user's own policy returns anything but n booleans."""
     drawn = tuple(bool(a) for a in policy(choice, n)(n, rng))
     if len(drawn) != n:
-        raise UserError(f"The truncation policy returned {len(drawn)} entries for {n} steps. Return one boolean a step.")
+        raise UserError(
+            f"The truncation policy returned {len(drawn)} entries for {n} steps. Return one boolean a step."
+        )
     return drawn

@@ -16,8 +16,20 @@ from tropism.models.stable_diffusion import StableDiffusion
 from tropism.worlds import weights
 
 BUNDLED = {"shapes": "shapes/model"}
-_NEEDED = ("process", "dtype", "device", "encode", "start", "predict", "x0", "decode", "latents", "kernel", "base",
-           "trainable")
+_NEEDED = (
+    "process",
+    "dtype",
+    "device",
+    "encode",
+    "start",
+    "predict",
+    "x0",
+    "decode",
+    "latents",
+    "kernel",
+    "base",
+    "trainable",
+)
 
 
 def _own(spec: str) -> Model:
@@ -35,13 +47,24 @@ def _own(spec: str) -> Model:
 def _unknown(source: str) -> UserError:
     close = difflib.get_close_matches(source, BUNDLED, 1)
     hint = f"Did you mean {close[0]!r}?" if close else f"Bundled: {', '.join(BUNDLED)}."
-    return UserError(f"There is no model {source!r}: not a bundled name, not a folder, not a hub id (org/name), not "
-                     f"file.py:Class. {hint}")
+    return UserError(
+        f"There is no model {source!r}: not a bundled name, not a folder, not a hub id (org/name), not "
+        f"file.py:Class. {hint}"
+    )
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-               lora: LoraSettings | None = LoraSettings(), full: bool = False, eta: float = 0.0,  # noqa: B008 frozen
-               checkpointing: bool | None = None, height: int | None = None, width: int | None = None) -> Model:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora: LoraSettings | None = LoraSettings(),
+    full: bool = False,
+    eta: float = 0.0,
+    checkpointing: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Model:
     """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, or "file.py:Class".
 
     The options are StableDiffusion.load's; a user's own class is made without arguments and none of them reaches it.
@@ -55,5 +78,17 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, device
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
             raise _unknown(source)
         found = source
-    return cast(Model, StableDiffusion.load(found, dtype=dtype, device=device, lora=lora, full=full, eta=eta,
-                                            checkpointing=checkpointing, height=height, width=width))
+    return cast(
+        Model,
+        StableDiffusion.load(
+            found,
+            dtype=dtype,
+            device=device,
+            lora=lora,
+            full=full,
+            eta=eta,
+            checkpointing=checkpointing,
+            height=height,
+            width=width,
+        ),
+    )

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 FILE = "pytorch_lora_weights.safetensors"
 _NAME = "default"
 # what other writers call the two factors, and peft's name for them
-_ALIASES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.", ".lora_linear_layer.down.": ".lora_A.",
-            ".lora_linear_layer.up.": ".lora_B."}
+_ALIASES = {
+    ".lora.down.": ".lora_A.",
+    ".lora.up.": ".lora_B.",
+    ".lora_linear_layer.down.": ".lora_A.",
+    ".lora_linear_layer.up.": ".lora_B.",
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,11 @@ def attach(network: Any, settings: LoraSettings, dtype: torch.dtype) -> None:
         with torch.random.fork_rng():  # peft draws an A of its own; the caller's generator must not notice
             network.add_adapter(config, _NAME)
     except ValueError as error:
-        raise UserError(f"No module of {type(network).__name__} matches the LoRA targets "
-                        f"{', '.join(settings.targets)}. Try "
-                        f" --targets {','.join(LoraSettings().targets)}.") from error
+        raise UserError(
+            f"No module of {type(network).__name__} matches the LoRA targets "
+            f"{', '.join(settings.targets)}. Try "
+            f" --targets {','.join(LoraSettings().targets)}."
+        ) from error
     for i, (name, p) in enumerate(factors(network).items()):
         p.data = p.data.to(dtype)
         if ".lora_A." in name:
@@ -151,8 +157,10 @@ def save(model: StableDiffusion, folder: str | Path) -> Path:
 def _file(folder: str | Path) -> Path:
     path = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
     if path.suffix != ".safetensors" and path.is_file():
-        raise UserError(f"{path} is not a safetensors file; a pickle can run code when it is read, so it is refused. "
-                        f"Ask its author for {FILE}.")
+        raise UserError(
+            f"{path} is not a safetensors file; a pickle can run code when it is read, so it is refused. "
+            f"Ask its author for {FILE}."
+        )
     if not path.is_file():
         pickles = [p.name for p in Path(folder).glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         found = f" It has {', '.join(pickles)}, a pickle, which is never read." if pickles else ""
@@ -168,16 +176,19 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], LoraSettings, bool]:
     path = _file(folder)
     try:
         with safe_open(path, "pt") as f:
-            layers = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 not a dict
+            layers = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 no dictionary
             metadata = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}). Copy it again, or export the run "
-                        "anew.") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}). Copy it again, or export the run anew."
+        ) from error
     metadata = {k.removeprefix("unet."): v for k, v in metadata.items() if k.startswith("unet.")}
     odd = [k for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if metadata.get(k)]
     if odd:
-        raise UserError(f"{path} uses {', '.join(odd)}, which cannot be read here. Merge it into the base with "
-                        "pipe.fuse_lora() of diffusers, save the pipeline and use that folder as the model.")
+        raise UserError(
+            f"{path} uses {', '.join(odd)}, which cannot be read here. Merge it into the base with "
+            "pipe.fuse_lora() of diffusers, save the pipeline and use that folder as the model."
+        )
     layers = {_plain(k): v for k, v in layers.items()}
     rank = metadata.get("r") or next((len(v) for k, v in layers.items() if ".lora_A." in k), 1)
     targets = metadata.get("target_modules")
@@ -197,12 +208,21 @@ def _module(key: str) -> str:
 
 
 def _mismatch(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    shaped = [f"{k} is {tuple(theirs[k].shape)}, expected {tuple(mine[k].shape)}"
-              for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
-    lists = {"missing": sorted(mine.keys() - theirs.keys()), "unexpected": sorted(theirs.keys() - mine.keys()),
-             "shape": shaped}
-    return [f"{name} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-            for name, keys in lists.items() if keys]
+    shaped = [
+        f"{k} is {tuple(theirs[k].shape)}, expected {tuple(mine[k].shape)}"
+        for k in mine
+        if k in theirs and mine[k].shape != theirs[k].shape
+    ]
+    lists = {
+        "missing": sorted(mine.keys() - theirs.keys()),
+        "unexpected": sorted(theirs.keys() - mine.keys()),
+        "shape": shaped,
+    }
+    return [
+        f"{name} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+        for name, keys in lists.items()
+        if keys
+    ]
 
 
 def load(model: StableDiffusion, folder: str | Path) -> None:
@@ -214,13 +234,17 @@ def load(model: StableDiffusion, folder: str | Path) -> None:
     theirs, saved, has_metadata = read(folder)
     wrong = _mismatch(mine, theirs)
     if wrong:
-        raise UserError(f"The adapter in {folder} does not fit this model's (rank {settings.rank}, targets "
-                        f"{', '.join(settings.targets)}): {'; '.join(wrong)}. Load the model with its own: "
-                        f"--rank {saved.rank} --alpha {saved.alpha:g} --targets {','.join(saved.targets[:6])}.")
+        raise UserError(
+            f"The adapter in {folder} does not fit this model's (rank {settings.rank}, targets "
+            f"{', '.join(settings.targets)}): {'; '.join(wrong)}. Load the model with its own: "
+            f"--rank {saved.rank} --alpha {saved.alpha:g} --targets {','.join(saved.targets[:6])}."
+        )
     if saved.alpha != settings.alpha:
         why = "" if has_metadata else " (the file carries no metadata, so alpha = rank)"
-        raise UserError(f"The adapter in {folder} has alpha {saved.alpha:g}{why}; this model's is {settings.alpha:g}. "
-                        f"Load the model with --alpha {saved.alpha:g}.")
+        raise UserError(
+            f"The adapter in {folder} has alpha {saved.alpha:g}{why}; this model's is {settings.alpha:g}. "
+            f"Load the model with --alpha {saved.alpha:g}."
+        )
     with torch.no_grad():
         for key, p in mine.items():
             p.copy_(theirs[key])
@@ -240,8 +264,16 @@ def _pictures(model: StableDiffusion, prompts: Sequence[str], *, seed: int, step
     return model.decode(x)
 
 
-def verify(model: StableDiffusion, folder: str | Path, *, prompts: Sequence[str] = ("a picture",), seed: int = 0,
-           steps: int = 4, guidance: float = 3.0, tolerance: float | None = None) -> float:
+def verify(
+    model: StableDiffusion,
+    folder: str | Path,
+    *,
+    prompts: Sequence[str] = ("a picture",),
+    seed: int = 0,
+    steps: int = 4,
+    guidance: float = 3.0,
+    tolerance: float | None = None,
+) -> float:
     """Load the adapter into a fresh, plain diffusers pipeline and compare pictures with the model in memory.
 
     Returns the largest difference of a pixel in [0, 1]. Raises UserError above `tolerance` (1e-4, or 0.01 in half
@@ -253,9 +285,11 @@ def verify(model: StableDiffusion, folder: str | Path, *, prompts: Sequence[str]
     model.calls.update(counted)
     difference = (mine - theirs).abs().max().item()
     if not difference <= tolerance:  # a NaN fails too
-        raise UserError(f"The adapter saved in {folder} does not draw what the model in memory draws: a pixel differs "
-                        f"by {difference:.3g}, the limit is {tolerance:g}. Keep the checkpoint and save again at scale "
-                        "1 with matching diffusers and peft.")
+        raise UserError(
+            f"The adapter saved in {folder} does not draw what the model in memory draws: a pixel differs "
+            f"by {difference:.3g}, the limit is {tolerance:g}. Keep the checkpoint and save again at scale "
+            "1 with matching diffusers and peft."
+        )
     return difference
 
 
@@ -293,8 +327,10 @@ def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
     for folder, (_, layers, _) in zip(weights, parts, strict=True):
         odd = _unfit(model.unet, layers)
         if odd:
-            raise UserError(f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters "
-                            "of the same base model.")
+            raise UserError(
+                f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters "
+                "of the same base model."
+            )
     ranks = sum(own.rank for _, _, own in parts)
     targets = dict.fromkeys(t for _, _, own in parts for t in own.targets)
     model.lora = LoraSettings(ranks, ranks, tuple(targets))

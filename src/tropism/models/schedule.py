@@ -32,8 +32,10 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
         return torch.linspace(config["beta_start"], config["beta_end"], n, dtype=torch.float64)
     if kind == "scaled_linear":
         return torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, n, dtype=torch.float64) ** 2
-    raise UserError(f"The scheduler's beta_schedule is {kind!r}; known are linear, scaled_linear, squaredcos_cap_v2 "
-                    "and trained_betas. Choose a Stable Diffusion 1.x or 2.x model, or write one: file.py:Class.")
+    raise UserError(
+        f"The scheduler's beta_schedule is {kind!r}; known are linear, scaled_linear, squaredcos_cap_v2 "
+        "and trained_betas. Choose a Stable Diffusion 1.x or 2.x model, or write one: file.py:Class."
+    )
 
 
 def _zero_snr(bars: Tensor) -> Tensor:
@@ -47,9 +49,11 @@ def alpha_bars(config: Mapping[str, Any]) -> tuple[float, ...]:
     bars = torch.cumprod(1 - _betas(config), 0)
     if config.get("rescale_betas_zero_snr"):
         if config.get("prediction_type", "epsilon") == "epsilon":
-            raise UserError("The scheduler asks for zero terminal SNR (rescale_betas_zero_snr) with epsilon "
-                            "prediction: at the first step x_0 would be divided by zero. Set rescale_betas_zero_snr "
-                            "to false in scheduler/scheduler_config.json.")
+            raise UserError(
+                "The scheduler asks for zero terminal SNR (rescale_betas_zero_snr) with epsilon "
+                "prediction: at the first step x_0 would be divided by zero. Set rescale_betas_zero_snr "
+                "to false in scheduler/scheduler_config.json."
+            )
         bars = _zero_snr(bars)
     return tuple(bars.tolist())
 
@@ -58,8 +62,10 @@ def prediction_of(config: Mapping[str, Any]) -> str:
     """What the network predicts: "epsilon", "v_prediction" or "sample"."""
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
-        raise UserError(f"The scheduler's prediction_type is {kind!r}; it must be one of {', '.join(PREDICTIONS)}. "
-                        "Correct it in scheduler/scheduler_config.json.")
+        raise UserError(
+            f"The scheduler's prediction_type is {kind!r}; it must be one of {', '.join(PREDICTIONS)}. "
+            "Correct it in scheduler/scheduler_config.json."
+        )
     return kind
 
 
@@ -71,8 +77,10 @@ def process(config: Mapping[str, Any], eta: float = 0.0) -> VP:
     """
     bars, spacing, name = alpha_bars(config), config.get("timestep_spacing", "leading"), config.get("_class_name", "")
     if spacing not in SPACINGS:
-        raise UserError(f"The scheduler's timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}. "
-                        "Correct it in scheduler/scheduler_config.json.")
+        raise UserError(
+            f"The scheduler's timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}. "
+            "Correct it in scheduler/scheduler_config.json."
+        )
     # only these two have a final alpha-bar of their own; the others end at the clean state
     defaults = {"DDIMScheduler": True, "PNDMScheduler": False}
     to_one = config.get("set_alpha_to_one", defaults[name]) if name in defaults else True

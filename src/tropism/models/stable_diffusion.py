@@ -49,8 +49,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class StableDiffusion:
     """A text-to-image latent diffusion model. `load` makes one; `calls` counts rows through "network" and "decode"."""
 
-    def __init__(self, pipe: Any, *, source: str = "", lora: LoraSettings | None = None, full: bool = False,
-                 eta: float = 0.0, checkpointing: bool = False, height: int | None = None, width: int | None = None):
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        source: str = "",
+        lora: LoraSettings | None = None,
+        full: bool = False,
+        eta: float = 0.0,
+        checkpointing: bool = False,
+        height: int | None = None,
+        width: int | None = None,
+    ):
         """Takes the parts of a StableDiffusionPipeline, already on their device and in their dtype; see `load`."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
         self.source, self.lora, self.full = source, lora, full
@@ -67,9 +77,19 @@ class StableDiffusion:
             self.vae.enable_gradient_checkpointing()
 
     @classmethod
-    def load(cls, source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-             lora: LoraSettings | None = LoraSettings(), full: bool = False, eta: float = 0.0,  # noqa: B008 frozen
-             checkpointing: bool | None = None, height: int | None = None, width: int | None = None) -> StableDiffusion:
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        lora: LoraSettings | None = LoraSettings(),
+        full: bool = False,
+        eta: float = 0.0,
+        checkpointing: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> StableDiffusion:
         """Read a diffusers folder or hub id (safetensors only).
 
         dtype: of the frozen networks; adapters and a fully trained U-Net are at least float32.
@@ -79,12 +99,21 @@ class StableDiffusion:
         Raises UserError for a missing source, a pickle-only or foreign pipeline, and sizes the VAE cannot make.
         """
         if full and lora is not None:
-            raise UserError("Both a LoRA and full fine-tuning were asked for; only one can train. Pass lora=None with "
-                            "full=True.")
+            raise UserError(
+                "Both a LoRA and full fine-tuning were asked for; only one can train. Pass lora=None with full=True."
+            )
         device = torch.device(device)
         checkpointing = device.type != "cpu" if checkpointing is None else checkpointing
-        return cls(_pipeline(str(source), dtype, device), source=str(source), lora=lora, full=full, eta=eta,
-                   checkpointing=checkpointing, height=height, width=width)
+        return cls(
+            _pipeline(str(source), dtype, device),
+            source=str(source),
+            lora=lora,
+            full=full,
+            eta=eta,
+            checkpointing=checkpointing,
+            height=height,
+            width=width,
+        )
 
     def reloaded(self, folder: str | Path) -> StableDiffusion:
         """The same base in a fresh, plain diffusers pipeline with the adapter of `folder`: judges an export."""
@@ -95,8 +124,9 @@ class StableDiffusion:
             for name, p in network.named_parameters():
                 if ".lora_" not in name:  # the adapter stays as wide as the one in memory
                     p.data = p.data.to(self.dtype)
-        return StableDiffusion(pipe, source=self.source, eta=self.process.eta,
-                               height=self.shape[1] * factor, width=self.shape[2] * factor)
+        return StableDiffusion(
+            pipe, source=self.source, eta=self.process.eta, height=self.shape[1] * factor, width=self.shape[2] * factor
+        )
 
     # ------------------------------------------------------------------------------------------------ setting up
 
@@ -108,8 +138,10 @@ class StableDiffusion:
         own = (own, own) if isinstance(own, int) else own
         pixels = [asked or side * factor for asked, side in zip((height, width), own, strict=True)]
         if any(p % factor or p < factor for p in pixels):
-            raise UserError(f"The picture size {pixels[0]}x{pixels[1]} is not a multiple of {factor}, this VAE's "
-                            f"factor. Try {own[0] * factor}x{own[1] * factor}.")
+            raise UserError(
+                f"The picture size {pixels[0]}x{pixels[1]} is not a multiple of {factor}, this VAE's "
+                f"factor. Try {own[0] * factor}x{own[1] * factor}."
+            )
         return self.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor
 
     def _freeze(self) -> None:
@@ -141,8 +173,13 @@ class StableDiffusion:
     def _embedded(self, text: str) -> Tensor:
         """(L, D) on the CPU, computed once and alone, so that its bits do not depend on its company."""
         if text not in self._texts:
-            ids = self.tokenizer([text], padding="max_length", max_length=self.tokenizer.model_max_length,
-                                 truncation=True, return_tensors="pt")
+            ids = self.tokenizer(
+                [text],
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
             use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
             mask = ids.attention_mask.to(self.device) if use_mask else None
             self._texts[text] = self.text_encoder(ids.input_ids.to(self.device), attention_mask=mask)[0][0].cpu()
@@ -151,8 +188,9 @@ class StableDiffusion:
     def encode(self, batch: Batch, draw: Draw | None = None) -> TextCond:
         """Embeddings of a batch's prompts and negative prompts (default ""), each distinct text computed once."""
         negatives = batch.negative_prompts or [""] * len(batch)
-        positive, negative = (torch.stack([self._embedded(t) for t in texts]).to(self.device)
-                              for texts in (batch.prompts, negatives))
+        positive, negative = (
+            torch.stack([self._embedded(t) for t in texts]).to(self.device) for texts in (batch.prompts, negatives)
+        )
         return TextCond(positive, negative, self.shape)
 
     # ------------------------------------------------------------------------------------------------ the chain
@@ -209,8 +247,10 @@ class StableDiffusion:
     def base(self) -> AbstractContextManager[None]:
         """The un-adapted network inside. Raises UserError in full fine-tuning: the base's own weights train."""
         if self.full:
-            raise UserError("Full fine-tuning has no base model to go back to: its own weights are the ones that "
-                            "train. Train a LoRA, or set the drift penalty to 0.")
+            raise UserError(
+                "Full fine-tuning has no base model to go back to: its own weights are the ones that "
+                "train. Train a LoRA, or set the drift penalty to 0."
+            )
         return adapters.switched(self.unet, False) if self.lora is not None else nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -242,13 +282,17 @@ def _quiet(warnings: bool = False) -> Iterator[None]:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json, so it is not a diffusers pipeline. Name the folder that "
-                        "pipe.save_pretrained(folder) wrote.")
+        raise UserError(
+            f"{folder} has no model_index.json, so it is not a diffusers pipeline. Name the folder that "
+            "pipe.save_pretrained(folder) wrote."
+        )
     for part in ("unet", "vae", "text_encoder"):
         if not any((folder / part).glob("*.safetensors")) and any((folder / part).glob("*.bin")):
-            raise UserError(f"{folder / part} holds its weights only as a pickle (.bin), which can run code when it is "
-                            "read, so it is refused. If you trust it, convert it once: load it with diffusers and call "
-                            "pipe.save_pretrained(folder, safe_serialization=True).")
+            raise UserError(
+                f"{folder / part} holds its weights only as a pickle (.bin), which can run code when it is "
+                "read, so it is refused. If you trust it, convert it once: load it with diffusers and call "
+                "pipe.save_pretrained(folder, safe_serialization=True)."
+            )
 
 
 def _pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -261,19 +305,30 @@ def _pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     try:
         name = cast(dict, StableDiffusionPipeline.load_config(source)).get("_class_name")
         if name != "StableDiffusionPipeline":
-            raise UserError(f"{source} is a {name}; this reads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline). "
-                            "Choose such a model, or write your own: --model file.py:Class.")
+            raise UserError(
+                f"{source} is a {name}; this reads Stable Diffusion 1.x and 2.x (StableDiffusionPipeline). "
+                "Choose such a model, or write your own: --model file.py:Class."
+            )
         with _quiet(warnings=True):
             pipe = StableDiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, safety_checker=None, feature_extractor=None, image_encoder=None,
-                requires_safety_checker=False)
+                source,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                image_encoder=None,
+                requires_safety_checker=False,
+            )
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"The model {source!r} could not be read: {str(error).splitlines()[0]} It must be a diffusers "
-                        "folder or a hub id with safetensors weights. Check the name and the network.") from error
+        raise UserError(
+            f"The model {source!r} could not be read: {str(error).splitlines()[0]} It must be a diffusers "
+            "folder or a hub id with safetensors weights. Check the name and the network."
+        ) from error
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise UserError(f"{source}: the U-Net takes {pipe.unet.config.in_channels} channels, the VAE makes "
-                        f"{pipe.vae.config.latent_channels}. Inpainting and depth models are not text-to-image; choose "
-                        "another.")
+        raise UserError(
+            f"{source}: the U-Net takes {pipe.unet.config.in_channels} channels, the VAE makes "
+            f"{pipe.vae.config.latent_channels}. Inpainting and depth models are not text-to-image; choose "
+            "another."
+        )
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         nn.Module.to(network, device, dtype)  # diffusers' own `to` warns without a cause
     return pipe

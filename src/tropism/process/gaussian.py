@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ class VP:
         """(steps + 1,) float64 on the CPU: the pipeline's own times, downwards, then TERMINAL."""
         n = len(self.alpha_bars)
         if not 1 <= steps <= n:
-            raise UserError(f"steps is {steps}; this model has times 0..{n - 1}, so steps must lie in 1..{n}. Try --steps 50.")
+            raise UserError(
+                f"steps is {steps}; this model has times 0..{n - 1}, so steps must lie in 1..{n}. Try --steps 50."
+            )
         if self.spacing == "leading":
             grid = torch.arange(steps).flip(0) * (n // steps) + self.offset
         elif self.spacing == "trailing":
@@ -103,7 +106,10 @@ def linear_coefficients(process: VP, times: Sequence[float], prediction: str) ->
     """(a, b) of each deterministic step, mean = a x_t + b out: the closed forms that tests and DRTune's path use."""
     coefficients = []
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        a, b = (process.reverse(x, process.x0(x, out, t, prediction), t, s).mean.item() for x, out in ((one, zero), (zero, one)))
+    for t, s in pairwise(times):
+        a, b = (
+            process.reverse(x, process.x0(x, out, t, prediction), t, s).mean.item()
+            for x, out in ((one, zero), (zero, one))
+        )
         coefficients.append((a, b))
     return coefficients

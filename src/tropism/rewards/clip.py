@@ -73,8 +73,10 @@ class Clip:
 
     def _check_length(self, prompt: str, length: int) -> None:
         if length > self.longest:
-            raise UserError(f"The prompt {prompt[:60]!r}... has {length} tokens; this CLIP reads {self.longest} and "
-                            "would ignore the rest. Shorten the prompt.")
+            raise UserError(
+                f"The prompt {prompt[:60]!r}... has {length} tokens; this CLIP reads {self.longest} and "
+                "would ignore the rest. Shorten the prompt."
+            )
 
 
 def _pooled(features: Any) -> Tensor:
@@ -103,9 +105,11 @@ def load_clip(source: str) -> Clip:
         model = CLIPModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{source}' holds no CLIP model with a tokenizer: {str(error).splitlines()[0]} "
-                        "Give a folder saved by transformers' CLIPModel, or a hub id such as "
-                        "openai/clip-vit-base-patch32.") from error
+        raise UserError(
+            f"'{source}' holds no CLIP model with a tokenizer: {str(error).splitlines()[0]} "
+            "Give a folder saved by transformers' CLIPModel, or a hub id such as "
+            "openai/clip-vit-base-patch32."
+        ) from error
     return Clip(model, tokenizer, *_normalisation(source))
 
 

@@ -31,8 +31,10 @@ def _taken_apart(reward: Reward, weight: float) -> list[tuple[Reward, float]]:
 
 def _checked(reward: Reward, weight: float) -> float:
     if not math.isfinite(weight):
-        raise UserError(f"The weight of reward '{name_of(reward)}' is {weight}; it must be a finite number. "
-                        f"Try {name_of(reward)}=1.")
+        raise UserError(
+            f"The weight of reward '{name_of(reward)}' is {weight}; it must be a finite number. "
+            f"Try {name_of(reward)}=1."
+        )
     return float(weight)
 
 
@@ -47,8 +49,10 @@ class Combination:
         if not terms:
             raise UserError("A combination of no rewards. Give at least one, for example --reward jpeg.")
         if repeated := sorted({n for n in names if names.count(n) > 1}):
-            raise UserError(f"The reward '{repeated[0]}' is given {names.count(repeated[0])} times; a name may appear "
-                            "once. Add their weights up, or give one a `name` of its own.")
+            raise UserError(
+                f"The reward '{repeated[0]}' is given {names.count(repeated[0])} times; a name may appear "
+                "once. Add their weights up, or give one a `name` of its own."
+            )
         self.terms = terms
         self.name = _spelled(names, [weight for _, weight in terms])
         self.blocking = tuple(name_of(reward) for reward, _ in terms if not is_differentiable(reward))

@@ -20,19 +20,115 @@ from tropism.core import Batch, UserError
 from tropism.rewards.named import Named
 
 QUALITY = 95
-_LUMA = (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
-         14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-         49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)
-_CHROMA = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99,
-           47, 66, 99, 99, 99, 99, 99, 99) + (99,) * 32
+_LUMA = (
+    16,
+    11,
+    10,
+    16,
+    24,
+    40,
+    51,
+    61,
+    12,
+    12,
+    14,
+    19,
+    26,
+    58,
+    60,
+    55,
+    14,
+    13,
+    16,
+    24,
+    40,
+    57,
+    69,
+    56,
+    14,
+    17,
+    22,
+    29,
+    51,
+    87,
+    80,
+    62,
+    18,
+    22,
+    37,
+    56,
+    68,
+    109,
+    103,
+    77,
+    24,
+    35,
+    55,
+    64,
+    81,
+    104,
+    113,
+    92,
+    49,
+    64,
+    78,
+    87,
+    103,
+    121,
+    120,
+    101,
+    72,
+    92,
+    95,
+    98,
+    112,
+    100,
+    103,
+    99,
+)
+_CHROMA = (
+    17,
+    18,
+    24,
+    47,
+    99,
+    99,
+    99,
+    99,
+    18,
+    21,
+    26,
+    66,
+    99,
+    99,
+    99,
+    99,
+    24,
+    26,
+    56,
+    99,
+    99,
+    99,
+    99,
+    99,
+    47,
+    66,
+    99,
+    99,
+    99,
+    99,
+    99,
+    99,
+) + (99,) * 32
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def table(luma: bool, quality: int = QUALITY) -> Tensor:
     """The (8, 8) quantisation table, float64, of a quality in 1..100, row by row in frequency."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    return torch.tensor([min(255, max(1, (v * scale + 50) // 100)) for v in (_LUMA if luma else _CHROMA)],
-                        dtype=torch.float64).reshape(8, 8)
+    return torch.tensor(
+        [min(255, max(1, (v * scale + 50) // 100)) for v in (_LUMA if luma else _CHROMA)], dtype=torch.float64
+    ).reshape(8, 8)
 
 
 def ycbcr(images: Tensor) -> Tensor:
@@ -101,8 +197,10 @@ def kilobytes(images: Tensor) -> Tensor:
 
 def _check(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"jpeg was given samples of shape {tuple(images.shape)}; it measures pictures (B, 3, H, W). "
-                        "Convert them to three channels.")
+        raise UserError(
+            f"jpeg was given samples of shape {tuple(images.shape)}; it measures pictures (B, 3, H, W). "
+            "Convert them to three channels."
+        )
 
 
 def true_bytes(images: Tensor, quality: int = QUALITY) -> Tensor:

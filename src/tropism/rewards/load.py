@@ -50,8 +50,9 @@ def split(text: str) -> tuple[str, float]:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"The weight in --reward {text} is {weight!r}; it must be a finite number. "
-                        f"Try --reward {name}=0.3.")
+        raise UserError(
+            f"The weight in --reward {text} is {weight!r}; it must be a finite number. Try --reward {name}=0.3."
+        )
     return name, number
 
 
@@ -73,8 +74,9 @@ def _users(place: str) -> Reward:
     function: Reward = loaded
     if not callable(loaded) or isinstance(loaded, type):
         kind = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__name__}"
-        raise UserError(f"{place} is {kind}; a reward is a function (samples, batch) -> (B,). "
-                        "Name a function or an instance.")
+        raise UserError(
+            f"{place} is {kind}; a reward is a function (samples, batch) -> (B,). Name a function or an instance."
+        )
     if hasattr(function, "name") and hasattr(function, "differentiable"):
         return function
     return Named(name_of(function), is_differentiable(function), function)
@@ -86,5 +88,7 @@ def require_gradient(reward: Reward, method: str) -> None:
         return
     blocking = ", ".join(getattr(reward, "blocking", (name_of(reward),)))
     instead = " For compressibility with a gradient use --reward jpeg." if "jpeg-bytes" in blocking else ""
-    raise UserError(f"{method} follows the reward's gradient, and {blocking} has none.{instead} "
-                    f"Methods that can use it: {_WITHOUT_GRADIENT}.")
+    raise UserError(
+        f"{method} follows the reward's gradient, and {blocking} has none.{instead} "
+        f"Methods that can use it: {_WITHOUT_GRADIENT}."
+    )

@@ -45,17 +45,22 @@ def _front_matter(run: Finished) -> str:
 
 def _numbers(run: Finished) -> str:
     head = "| held-out | before | after | change | ± s.e. |\n|---|---:|---:|---:|---:|"
-    lines = [f"| {safe(r.name)} | {number(r.before)} | {number(r.after)} | {r.change:+.4g} | {number(r.error)} |"
-             for r in rows(run.before, run.after)]
+    lines = [
+        f"| {safe(r.name)} | {number(r.before)} | {number(r.after)} | {r.change:+.4g} | {number(r.error)} |"
+        for r in rows(run.before, run.after)
+    ]
     return "\n".join([head, *lines])
 
 
 def _loading(run: Finished) -> str:
     prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
-    return fenced("from diffusers import DiffusionPipeline\n\n"
-                  f"pipe = DiffusionPipeline.from_pretrained({run.load})\n"
-                  'pipe.load_lora_weights("lora")  # this folder\'s lora/\n'
-                  f"pipe({prompt}).images[0].save(\"picture.png\")", "python")
+    return fenced(
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({run.load})\n"
+        'pipe.load_lora_weights("lora")  # this folder\'s lora/\n'
+        f'pipe({prompt}).images[0].save("picture.png")',
+        "python",
+    )
 
 
 def card(run: Finished) -> str:

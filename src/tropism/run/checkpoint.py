@@ -32,8 +32,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after `update` updates: tensors by file and name, JSON values, and remarks about skipped folders.
-    """
+    """What was saved after `update` updates: tensors by file and name, JSON values, and remarks about skipped folders."""
 
     update: int
     tensors: dict[str, dict[str, Tensor]]
@@ -42,8 +41,7 @@ class Checkpoint:
 
 
 def slug(name: str) -> str:
-    """A safe file name for any text: at most 60 of [a-z0-9._-], never hidden; a hash is added where letters were lost.
-    """
+    """A safe file name for any text: at most 60 of [a-z0-9._-], never hidden; a hash is added where letters were lost."""
     clean = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:60]
     if clean == name and clean:
         return clean

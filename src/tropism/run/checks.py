@@ -29,8 +29,7 @@ def bad_rewards(info: Info) -> tuple[int, int]:
 
 
 def finite(update: int, loss: float, norm: float, bad: float, count: float, info: Info, kept: str) -> None:
-    """Raises UserError if the reward of any sample, the loss or the gradient is not finite; `kept` says what is safe.
-    """
+    """Raises UserError if the reward of any sample, the loss or the gradient is not finite; `kept` says what is safe."""
     if bad:
         wrong = [n for n, v in info.columns.items() if n != "reward" and not bool(torch.isfinite(v).all())]
         raise UserError(
@@ -41,8 +40,10 @@ def finite(update: int, loss: float, norm: float, bad: float, count: float, info
         )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         what = f"the gradient (norm {norm})" if math.isfinite(loss) else f"the loss ({loss})"
-        raise UserError(f"Update {update}: {what} is not finite; the step was not taken. {kept} "
-                        "Try a smaller learning rate (--lr), or --dtype float32.")
+        raise UserError(
+            f"Update {update}: {what} is not finite; the step was not taken. {kept} "
+            "Try a smaller learning rate (--lr), or --dtype float32."
+        )
 
 
 def can_learn(info: Info, norm: float, update: int) -> bool:

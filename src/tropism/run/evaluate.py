@@ -1,5 +1,4 @@
-"""Held-out evaluation: pictures on fixed seeds at deployment settings, the reward with its parts, and honest measures.
-"""
+"""Held-out evaluation: pictures on fixed seeds at deployment settings, the reward with its parts, and honest measures."""
 
 from __future__ import annotations
 

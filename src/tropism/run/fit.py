@@ -32,8 +32,9 @@ __all__ = ["FitResult", "Interrupted", "Step", "fit"]
 class Step(Protocol):
     """An algorithm with its model, reward and hyperparameters bound."""
 
-    def __call__(self, batch: Batch, *, state: dict, update: int, seed: int,
-                 micro_batch: int | None) -> Iterator[tuple[Tensor, Info]]: ...
+    def __call__(
+        self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
+    ) -> Iterator[tuple[Tensor, Info]]: ...
 
 
 @dataclass
@@ -54,8 +55,7 @@ class FitResult:
 
 @dataclass
 class _Run:
-    """What changes while a run goes on: all of it is in a checkpoint, but for the signal that all processes agree on.
-    """
+    """What changes while a run goes on: all of it is in a checkpoint, but for the signal that all processes agree on."""
 
     optimiser: Optimiser
     folder: Path
@@ -98,12 +98,30 @@ class _Run:
         return f"The checkpoint {newest} is kept." if newest else "No checkpoint was written yet."
 
 
-def fit(step: Step, parameters: Parameters, batches: Callable[[int], Batch], *, updates: int, out: Path | str,
-        recorder: Recorder, lr: float | Mapping[str, float] = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 1e-4, clip: float = 1.0, ema: float = 0.0, seed: int = 0,
-        micro_batch: int | None = None, checkpoint_every: int = 50, keep: int = 3, resume: bool = False,
-        evaluate: Callable[[int], dict[str, float]] | None = None, evaluate_every: int = 0,
-        callback: Callable[[int, Info], None] | None = None, finish: Callable[[], None] | None = None) -> FitResult:
+def fit(
+    step: Step,
+    parameters: Parameters,
+    batches: Callable[[int], Batch],
+    *,
+    updates: int,
+    out: Path | str,
+    recorder: Recorder,
+    lr: float | Mapping[str, float] = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+    clip: float = 1.0,
+    ema: float = 0.0,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    checkpoint_every: int = 50,
+    keep: int = 3,
+    resume: bool = False,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    callback: Callable[[int, Info], None] | None = None,
+    finish: Callable[[], None] | None = None,
+) -> FitResult:
     """Run `updates` updates of an algorithm by AdamW, on gradients divided by the samples of all processes.
 
     parameters: {name: tensor} or {group: {name: tensor}}, float32 or float64, trained in place; lr may be one a group.
@@ -199,8 +217,14 @@ def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> t
     assert infos, "an algorithm must yield at least once an update"
     info = merged(infos)
     _commit(run, state, info)
-    row = {"update": run.update, "seconds": time.perf_counter() - began, **statistics(info), **info.scalars,
-           "gradient_norm": sum(norms) / len(norms), "calls": dict(info.calls)}
+    row = {
+        "update": run.update,
+        "seconds": time.perf_counter() - began,
+        **statistics(info),
+        **info.scalars,
+        "gradient_norm": sum(norms) / len(norms),
+        "calls": dict(info.calls),
+    }
     return info, row
 
 
@@ -243,8 +267,13 @@ def statistics(info: Info) -> dict[str, float]:
     if not info.columns:
         return {}
     names = sorted(info.columns)
-    sums = torch.tensor([[v.numel(), v.double().sum().item(), v.double().pow(2).sum().item()]
-                         for v in (info.columns[n] for n in names)], dtype=torch.float64)
+    sums = torch.tensor(
+        [
+            [v.numel(), v.double().sum().item(), v.double().pow(2).sum().item()]
+            for v in (info.columns[n] for n in names)
+        ],
+        dtype=torch.float64,
+    )
     if is_distributed():
         sums = sums.to(info.columns[names[0]].device)
         dist.all_reduce(sums)

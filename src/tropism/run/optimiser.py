@@ -68,8 +68,12 @@ class Optimiser:
         groups = named(parameters)
         self.named = {n: p for group in groups.values() for n, p in group.items()}
         rates = lr if isinstance(lr, Mapping) else dict.fromkeys(groups, lr)
-        self.adam = torch.optim.AdamW([{"params": list(g.values()), "lr": rates[k]} for k, g in groups.items()],
-                                      betas=betas, eps=eps, weight_decay=weight_decay)
+        self.adam = torch.optim.AdamW(
+            [{"params": list(g.values()), "lr": rates[k]} for k, g in groups.items()],
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
         self.clip, self.ema, self.steps = clip, ema, 0
         self.average = {n: p.detach().clone() for n, p in self.named.items()} if ema else {}
 
@@ -149,8 +153,11 @@ class Optimiser:
         self.steps = steps
         for n, p in self.named.items():
             if f"m:{n}" in tensors["adam"]:
-                self.adam.state[p] = {"step": torch.tensor(float(steps)), "exp_avg": tensors["adam"][f"m:{n}"].to(p),
-                                      "exp_avg_sq": tensors["adam"][f"v:{n}"].to(p)}
+                self.adam.state[p] = {
+                    "step": torch.tensor(float(steps)),
+                    "exp_avg": tensors["adam"][f"m:{n}"].to(p),
+                    "exp_avg_sq": tensors["adam"][f"v:{n}"].to(p),
+                }
 
 
 def _same(what: str, wanted: dict[str, tuple], found: Mapping[str, Tensor]) -> None:
@@ -159,6 +166,8 @@ def _same(what: str, wanted: dict[str, tuple], found: Mapping[str, Tensor]) -> N
         return
     wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
     first = wrong[0]
-    raise UserError(f"The checkpoint's {what} do not fit this run: {len(wrong)} tensors differ, for example {first} "
-                    f"(run {wanted.get(first, 'missing')}, checkpoint {shapes.get(first, 'missing')}). "
-                    "Resume with the settings the run was started with (config.yaml), or choose another --out.")
+    raise UserError(
+        f"The checkpoint's {what} do not fit this run: {len(wrong)} tensors differ, for example {first} "
+        f"(run {wanted.get(first, 'missing')}, checkpoint {shapes.get(first, 'missing')}). "
+        "Resume with the settings the run was started with (config.yaml), or choose another --out."
+    )

@@ -66,8 +66,14 @@ def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     return text + "…"
 
 
-def grid(cells: Sequence[Sequence[Tensor]], prompts: Sequence[str], notes: Sequence[str], *, columns: int | None = None,
-         heads: Sequence[str] = ()) -> Image.Image:
+def grid(
+    cells: Sequence[Sequence[Tensor]],
+    prompts: Sequence[str],
+    notes: Sequence[str],
+    *,
+    columns: int | None = None,
+    heads: Sequence[str] = (),
+) -> Image.Image:
     """Draw cells of one or more pictures side by side, the prompt (two lines) and a note under each.
 
     cells: B lists of equally many (3, H, W) tensors in [0, 1]. notes: B short texts. heads: a title over each picture
@@ -136,8 +142,15 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         for name in series:
             held = name not in ("reward", "gradient_norm")
             x, y = _series(lines, name)
-            axes.plot(x, y, "o-" if held or len(x) < 20 else "-", ms=3.5, lw=1.4 if held else 1.0,
-                      color="#d1495b" if held else "#2f6690", label="held-out" if held else "training")
+            axes.plot(
+                x,
+                y,
+                "o-" if held or len(x) < 20 else "-",
+                ms=3.5,
+                lw=1.4 if held else 1.0,
+                color="#d1495b" if held else "#2f6690",
+                label="held-out" if held else "training",
+            )
         axes.set_title(plain(title).replace("$", r"\$")[:48], fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)

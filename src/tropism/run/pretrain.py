@@ -15,14 +15,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism.worlds import shapes
 
 
-def train(name: str, network: nn.Module, loss: Callable[[int], Tensor], folder: Path, *, updates: int, lr: float,
-          ema: float = 0.0, report: Callable[[int], str] = lambda i: "", every: int = 100) -> nn.Module:
+def train(
+    name: str,
+    network: nn.Module,
+    loss: Callable[[int], Tensor],
+    folder: Path,
+    *,
+    updates: int,
+    lr: float,
+    ema: float = 0.0,
+    every: int = 100,
+) -> nn.Module:
     """AdamW with warm-up and cosine decay on `loss(update) -> scalar`, resumable; returns the network with EMA weights if asked."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -45,8 +55,10 @@ def train(name: str, network: nn.Module, loss: Callable[[int], Tensor], folder: 
         if (i + 1) % every == 0 or i + 1 == updates:
             _store(file, parameters, average, optimiser, i + 1)
             seconds = (time.time() - began) / (i + 1 - start)
-            print(f"{name} {i + 1}/{updates}  loss {total / ((i % every) + 1):.4f}  {seconds:.2f} s/update  "
-                  f"{seconds * (updates - i - 1) / 60:.0f} min left  {report(i + 1)}", flush=True)
+            Console(soft_wrap=True, highlight=False).print(
+                f"{name} {i + 1}/{updates}  loss {total / ((i % every) + 1):.4f}  {seconds:.2f} s/update  "
+                f"{seconds * (updates - i - 1) / 60:.0f} min left"
+            )
             total = 0.0
     with torch.no_grad():
         for p, a in zip(parameters, average, strict=True):
@@ -74,8 +86,11 @@ def _restore(file: Path, parameters, average, optimiser) -> int:
             for k, (p, a) in enumerate(zip(parameters, average, strict=True)):
                 p.copy_(f.get_tensor(f"p{k}"))
                 a.copy_(f.get_tensor(f"a{k}"))
-                optimiser.state[p] = {"step": torch.tensor(float(update)), "exp_avg": f.get_tensor(f"m{k}"),
-                                      "exp_avg_sq": f.get_tensor(f"v{k}")}
+                optimiser.state[p] = {
+                    "step": torch.tensor(float(update)),
+                    "exp_avg": f.get_tensor(f"m{k}"),
+                    "exp_avg_sq": f.get_tensor(f"v{k}"),
+                }
     return update
 
 
@@ -111,10 +126,19 @@ def _objects(pictures: Tensor, ground: Tensor) -> Tensor:
 def new_vae():
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 3,
-                         up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=(24, 48, 64), layers_per_block=1,
-                         latent_channels=4, norm_num_groups=8, sample_size=shapes.SIZE, use_quant_conv=False,
-                         use_post_quant_conv=False)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=shapes.SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def train_vae(folder: Path, updates: int, batch: int = 16):
@@ -168,27 +192,52 @@ def new_tokenizer(folder: Path):
 def new_text_encoder(tokenizer, width: int = 96):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=16, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def new_unet(width: int = 96):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=shapes.SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64, 128),
+        sample_size=shapes.SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=width,
-        attention_head_dim=4, norm_num_groups=8)
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
 
 
 def new_scheduler():
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing")
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
 
 
 def tokens(tokenizer, prompts: list[str]) -> Tensor:
@@ -244,9 +293,16 @@ def assemble(out: Path, vae, both, tokenizer):
     """Write the ordinary diffusers folder, float16 safetensors."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(vae=vae, unet=both["unet"], text_encoder=both["text"], tokenizer=tokenizer,
-                                   scheduler=new_scheduler(), safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        unet=both["unet"],
+        text_encoder=both["text"],
+        tokenizer=tokenizer,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     pipe.to(torch.float32)
 

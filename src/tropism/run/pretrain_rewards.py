@@ -55,17 +55,36 @@ def train_counter(folder: Path, vae, updates: int = 1500, batch: int = 32, n: in
 def new_clip(tokenizer):
     from transformers import CLIPConfig, CLIPModel
 
-    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id)
-    vision = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=shapes.SIZE, patch_size=8)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=shapes.SIZE,
+        patch_size=8,
+    )
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def _near_misses(scene: shapes.Scene, rng: np.random.Generator) -> list[str]:
     """Four training prompts that differ from the scene in one attribute each."""
-    values = {"count": range(1, len(shapes.COUNTS) + 1), "shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS),
-              "background": tuple(shapes.BACKGROUNDS)}
+    values = {
+        "count": range(1, len(shapes.COUNTS) + 1),
+        "shape": shapes.SHAPES,
+        "colour": tuple(shapes.COLOURS),
+        "background": tuple(shapes.BACKGROUNDS),
+    }
     misses = []
     for attribute, choices in values.items():
         others = [shapes.Scene(**{**scene.__dict__, attribute: c}) for c in choices if c != getattr(scene, attribute)]
@@ -93,7 +112,9 @@ def train_clip(folder: Path, vae, tokenizer, updates: int = 2200, batch: int = 6
         seen, read = F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
         logits = clip.logit_scale.exp() * seen @ read.T
         # the same prompt may stand twice in a batch: that is no wrong answer
-        same = torch.tensor([[a == b for b in prompts] for a in prompts[: len(rows)]]) & ~torch.eye(len(rows), len(prompts), dtype=torch.bool)
+        same = torch.tensor([[a == b for b in prompts] for a in prompts[: len(rows)]]) & ~torch.eye(
+            len(rows), len(prompts), dtype=torch.bool
+        )
         logits = logits.masked_fill(same, -1e4)
         answer = torch.arange(len(rows))
         return 0.5 * (F.cross_entropy(logits, answer) + F.cross_entropy(logits[:, : len(rows)].T, answer))

@@ -41,11 +41,30 @@ def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
 class Judge:
     """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest."""
 
-    def __init__(self, out: Path, model: Model, reward: Reward, held: list[Prompt], steps: int, guidance: float, seed: int, batch: int):
+    def __init__(
+        self,
+        out: Path,
+        model: Model,
+        reward: Reward,
+        held: list[Prompt],
+        steps: int,
+        guidance: float,
+        seed: int,
+        batch: int,
+    ):
         self.file = out / "samples" / "before.safetensors"
         self.prompts = [p.text for p in held]
-        self.measure = partial(measured, model, reward, self.prompts, steps=steps, guidance=guidance, seed=seed,
-                               measures=measures_for(self.prompts), batch_size=batch)
+        self.measure = partial(
+            measured,
+            model,
+            reward,
+            self.prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            measures=measures_for(self.prompts),
+            batch_size=batch,
+        )
         self._before: Evaluation | None = None
         self.after: Evaluation | None = None
 
@@ -54,7 +73,9 @@ class Judge:
         if self._before is None:
             kept = load_file(self.file)
             columns = {k.removeprefix("column/"): v for k, v in kept.items() if k.startswith("column/")}
-            self._before = Evaluation(kept["images"], columns, self.prompts, kept["diversity"].item() if "diversity" in kept else None)
+            self._before = Evaluation(
+                kept["images"], columns, self.prompts, kept["diversity"].item() if "diversity" in kept else None
+            )
         return self._before
 
     def __call__(self, update: int) -> dict[str, float]:
@@ -67,7 +88,10 @@ class Judge:
 
     def _keep(self, found: Evaluation):
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"images": found.images.contiguous(), **{f"column/{k}": v.contiguous() for k, v in found.columns.items()}}
+        tensors = {
+            "images": found.images.contiguous(),
+            **{f"column/{k}": v.contiguous() for k, v in found.columns.items()},
+        }
         if found.diversity is not None:
             tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
         save_file(tensors, self.file)
@@ -98,22 +122,40 @@ class Products:
             self.difference = lora.verify(self.model, self.out / "lora", prompts=self.judge.prompts[:2])
         else:
             self.out.joinpath("weights").mkdir(exist_ok=True)
-            save_file({n: p.detach().contiguous() for n, p in self.model.trainable().items()}, self.out / "weights" / "trained.safetensors")
+            save_file(
+                {n: p.detach().contiguous() for n, p in self.model.trainable().items()},
+                self.out / "weights" / "trained.safetensors",
+            )
         load = f"{str(getattr(self.model, 'source', self.source))!r}"
         done = report.Finished(
-            method=self.method, base=self.source, load=load, rewards=weights_of(self.reward), prompts=[p.text for p in self.train],
-            seed=self.seed, command=self.command, config=self.config, environment=self.recorder.environment, before=self.judge.before,
-            after=self.judge.after, lines=self.recorder.lines(), limits=self._limits())
+            method=self.method,
+            base=self.source,
+            load=load,
+            rewards=weights_of(self.reward),
+            prompts=[p.text for p in self.train],
+            seed=self.seed,
+            command=self.command,
+            config=self.config,
+            environment=self.recorder.environment,
+            before=self.judge.before,
+            after=self.judge.after,
+            lines=self.recorder.lines(),
+            limits=self._limits(),
+        )
         report.write(self.out, done)
         card.write(self.out, done)
         self.recorder.say(self._summary(report.rows(self.judge.before, self.judge.after)))
 
     def _limits(self) -> list[str]:
         n = len(self.judge.prompts)
-        return [f"One training seed; evaluated on {n} held-out prompts, one picture each.",
-                "A reward is a proxy: look at the pictures and at the measures that were not trained on."]
+        return [
+            f"One training seed; evaluated on {n} held-out prompts, one picture each.",
+            "A reward is a proxy: look at the pictures and at the measures that were not trained on.",
+        ]
 
     def _summary(self, rows: list) -> str:
         lines = [f"  {r.name:28s} {r.before:10.4f} -> {r.after:10.4f}" for r in rows]
-        kept = "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
+        kept = (
+            "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
+        )
         return "\n".join(["Held-out, before -> after:", *lines]) + kept + f"\nSee {self.out / 'report.html'}"

@@ -11,8 +11,7 @@ from rich.console import Console
 
 
 class Progress:
-    """Shows reward, held-out reward, gradient norm, seconds an update and the time left. `done` updates are behind us.
-    """
+    """Shows reward, held-out reward, gradient norm, seconds an update and the time left. `done` updates are behind us."""
 
     def __init__(self, console: Console, updates: int, done: int = 0):
         self.console, self.updates, self.first = console, updates, done
@@ -20,8 +19,13 @@ class Progress:
         self.held_out: float | None = None
         self.began, self.bar = time.monotonic(), None
         if console.is_terminal:
-            self.bar = bars.Progress(bars.TextColumn("update"), bars.MofNCompleteColumn(), bars.BarColumn(bar_width=24),
-                                     bars.TextColumn("{task.description}", markup=False), console=console)
+            self.bar = bars.Progress(
+                bars.TextColumn("update"),
+                bars.MofNCompleteColumn(),
+                bars.BarColumn(bar_width=24),
+                bars.TextColumn("{task.description}", markup=False),
+                console=console,
+            )
             self.task = self.bar.add_task("", total=updates, completed=done)
             self.bar.start()
 
@@ -35,9 +39,11 @@ class Progress:
             self.console.print(f"update {update}/{self.updates}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, row: Mapping[str, Any]) -> str:
-        """"reward 0.312  held-out 0.300  gradient 0.021  1.23 s/update  0:03:50 left", as far as it is known."""
-        done, known = row["update"] - self.first, {"reward": row.get("reward"), "held-out": self.held_out,
-                                                   "gradient": row.get("gradient_norm")}
+        """ "reward 0.312  held-out 0.300  gradient 0.021  1.23 s/update  0:03:50 left", as far as it is known."""
+        done, known = (
+            row["update"] - self.first,
+            {"reward": row.get("reward"), "held-out": self.held_out, "gradient": row.get("gradient_norm")},
+        )
         words = [f"{k} {v:.4g}" for k, v in known.items() if v is not None]
         if done > 0:
             each = (time.monotonic() - self.began) / done

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from tropism.core import Batch, Stream, UserError, generator
+from tropism.worlds import shapes
 
 LONGEST = 20_000
 
@@ -28,14 +33,18 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path = Path(path)
     if path.suffix not in READERS:
-        raise UserError(f"Prompts cannot be read from '{path.name}': its ending is '{path.suffix}'. Use .txt (one prompt a line), "
-                        ".jsonl or .csv (with a `prompt` column).")
+        raise UserError(
+            f"Prompts cannot be read from '{path.name}': its ending is '{path.suffix}'. Use .txt (one prompt a line), "
+            ".jsonl or .csv (with a `prompt` column)."
+        )
     found = READERS[path.suffix](_text(path), path.name)
     if not found:
         raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
     longest = max(found, key=lambda p: len(p.text)).text
     if len(longest) > LONGEST:
-        raise UserError(f"'{path.name}' has a prompt of {len(longest)} characters; the limit is {LONGEST}. Is it one prompt a line?")
+        raise UserError(
+            f"'{path.name}' has a prompt of {len(longest)} characters; the limit is {LONGEST}. Is it one prompt a line?"
+        )
     return found
 
 
@@ -46,7 +55,9 @@ def _text(path: Path) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"The prompt file '{path.name}' is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise UserError(
+            f"The prompt file '{path.name}' is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
     if "\0" in text:
         raise UserError(f"The prompt file '{path.name}' is binary, not text. Give a .txt, .jsonl or .csv file.")
     return text
@@ -92,12 +103,57 @@ def split(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def as_batch(prompts: list[Prompt], index: range | None = None) -> Batch:
-    return Batch([p.text for p in prompts], [p.negative for p in prompts], meta=[dict(p.meta) for p in prompts],
-                 index=tuple(index or range(len(prompts))))
+    return Batch(
+        [p.text for p in prompts],
+        [p.negative for p in prompts],
+        meta=[dict(p.meta) for p in prompts],
+        index=tuple(index or range(len(prompts))),
+    )
 
 
 def batch_of(prompts: list[Prompt], size: int, seed: int, update: int) -> Batch:
     """The batch of an update: the prompts in an order shuffled anew every pass, `size` at a time; a pure function."""
     places = range(update * size, (update + 1) * size)
-    orders = {e: generator(seed, Stream.SHUFFLE, e).permutation(len(prompts)) for e in {p // len(prompts) for p in places}}
+    orders = {
+        e: generator(seed, Stream.SHUFFLE, e).permutation(len(prompts)) for e in {p // len(prompts) for p in places}
+    }
     return as_batch([prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places])
+
+
+def train_and_held_out(
+    prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None, model: Any
+):
+    """(train, held out) prompts: the user's, or those of the bundled world."""
+    if prompts is None:
+        if model != "shapes":
+            raise UserError(
+                f"No prompts were given, and only the bundled model 'shapes' has its own (this is {model!r}). "
+                "Add --prompts FILE with one prompt a line."
+            )
+        train, held = ([Prompt(s.prompt) for s in shapes.scenes(side)] for side in (False, True))
+    else:
+        train, held = split(_listed(prompts))
+    if held_out is not None:
+        train, held = _listed(prompts) if prompts is not None else train, _listed(held_out)
+    return train, held
+
+
+def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    if not prompts:
+        raise UserError("The list of prompts is empty. Give at least one prompt.")
+    return [Prompt(p) for p in prompts]
+
+
+def own_rows(batch: Batch) -> Batch:
+    """This process's rows of an update's batch."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return batch
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if len(batch) < world:
+        raise UserError(
+            f"The batch has {len(batch)} samples for {world} processes; every process needs at least one. "
+            f"Try --batch {world}."
+        )
+    return batch[rank::world]

@@ -1,5 +1,4 @@
-"""The run folder while a run goes on: configuration, environment, metrics.jsonl, progress, and trackers when asked for.
-"""
+"""The run folder while a run goes on: configuration, environment, metrics.jsonl, progress, and trackers when asked for."""
 
 from __future__ import annotations
 
@@ -28,8 +27,21 @@ try:
 except ImportError:  # not POSIX: two runs in one folder are then not noticed
     fcntl = None
 
-PRODUCTS = ("config.yaml", "env.json", "metrics.jsonl", "metrics.lost.jsonl", "checkpoints", "lora", "before.png",
-            "after.png", "before_after.png", "reward.png", "report.html", "README.md", "logs")
+PRODUCTS = (
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "metrics.lost.jsonl",
+    "checkpoints",
+    "lora",
+    "before.png",
+    "after.png",
+    "before_after.png",
+    "reward.png",
+    "report.html",
+    "README.md",
+    "logs",
+)
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -57,8 +69,16 @@ class Recorder:
     Raises UserError if the folder holds anything and neither is given, or if another run is using it.
     """
 
-    def __init__(self, out: Path | str, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False,
-                 trackers: Sequence[str] = (), console: Console | None = None):
+    def __init__(
+        self,
+        out: Path | str,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        trackers: Sequence[str] = (),
+        console: Console | None = None,
+    ):
         self.out, self.metrics = Path(out), Path(out) / "metrics.jsonl"
         self.console = console or Console(soft_wrap=True, highlight=False, markup=False)
         self.progress: Progress | None = None
@@ -182,8 +202,11 @@ def _differences(out: Path, config: dict, environment: dict) -> list[str]:
     keys = (before.keys() | config.keys()) - {"resume", "overwrite"}
     changed = sorted(k for k in keys if before.get(k) != config.get(k))
     if before and changed:
-        remarks.append("Resuming with changed settings: "
-                       + ", ".join(f"{k} {before.get(k)!r} -> {config.get(k)!r}" for k in changed) + ".")
+        remarks.append(
+            "Resuming with changed settings: "
+            + ", ".join(f"{k} {before.get(k)!r} -> {config.get(k)!r}" for k in changed)
+            + "."
+        )
     threads = _read(out / "env.json", json.loads).get("threads", environment["threads"])
     if threads != environment["threads"]:
         remarks.append(

@@ -40,8 +40,9 @@ class Trackers:
             action()
         except Exception as error:  # whatever a tracker raises, the run goes on
             self.live.pop(name, None)
-            self.say(f"Tracker {name} failed and is switched off ({type(error).__name__}: {error}). "
-                     "metrics.jsonl goes on.")
+            self.say(
+                f"Tracker {name} failed and is switched off ({type(error).__name__}: {error}). metrics.jsonl goes on."
+            )
 
 
 def _started(name: str, out: Path, config: Mapping[str, Any]):

@@ -20,13 +20,26 @@ SIZE = 64
 COUNTS = ("one", "two", "three", "four", "five")
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 COLOURS = {
-    "red": (215, 25, 30), "green": (15, 135, 45), "blue": (25, 50, 215), "yellow": (250, 220, 20),
-    "orange": (250, 125, 10), "purple": (125, 20, 165), "white": (255, 255, 255), "black": (10, 10, 12),
+    "red": (215, 25, 30),
+    "green": (15, 135, 45),
+    "blue": (25, 50, 215),
+    "yellow": (250, 220, 20),
+    "orange": (250, 125, 10),
+    "purple": (125, 20, 165),
+    "white": (255, 255, 255),
+    "black": (10, 10, 12),
 }
 BACKGROUNDS = {
-    "sand": (196, 170, 122), "sky": (128, 178, 212), "grass": (134, 170, 92), "brick": (152, 92, 80),
-    "slate": (112, 120, 128), "lilac": (182, 152, 206), "mint": (140, 204, 176), "rose": (214, 150, 160),
-    "ocean": (52, 104, 132), "chocolate": (92, 64, 50),
+    "sand": (196, 170, 122),
+    "sky": (128, 178, 212),
+    "grass": (134, 170, 92),
+    "brick": (152, 92, 80),
+    "slate": (112, 120, 128),
+    "lilac": (182, 152, 206),
+    "mint": (140, 204, 176),
+    "rose": (214, 150, 160),
+    "ocean": (52, 104, 132),
+    "chocolate": (92, 64, 50),
 }
 TEXTURES = ("grain", "gradient", "stripes")
 
@@ -91,8 +104,9 @@ def _corners(shape: str, r: float) -> np.ndarray:
         return np.array([(-h, -h), (h, -h), (h, h), (-h, h)])
     if shape == "cross":
         a, b = r, 0.34 * r
-        return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b),
-                         (-a, -b), (-b, -b)])
+        return np.array(
+            [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+        )
     points, radii = (3, (1.1 * r,)) if shape == "triangle" else (5, (1.12 * r, 0.46 * r))
     n = points * len(radii)
     angle = np.arange(n) * 2 * np.pi / n - np.pi / 2
@@ -184,8 +198,16 @@ def _silhouette(alpha: np.ndarray) -> np.ndarray:
     return ndimage.map_coordinates(box, np.meshgrid(*at, indexing="ij"), order=1)
 
 
-_TEMPLATES = {s: np.stack([_silhouette(coverage(s, 32 + dx, 32 + dy, r))
-                           for r in (6.2, 7, 7.8, 9, 11) for dx, dy in ((0, 0), (0.5, 0.5), (0.25, 0.75))]) for s in SHAPES}
+_TEMPLATES = {
+    s: np.stack(
+        [
+            _silhouette(coverage(s, 32 + dx, 32 + dy, r))
+            for r in (6.2, 7, 7.8, 9, 11)
+            for dx, dy in ((0, 0), (0.5, 0.5), (0.25, 0.75))
+        ]
+    )
+    for s in SHAPES
+}
 
 
 def _read_shape(alpha: np.ndarray) -> str | None:
@@ -215,8 +237,14 @@ def _read_component(pixels: np.ndarray, component: np.ndarray, ground: np.ndarra
 
 
 def _read_background(pixels: np.ndarray) -> int | None:
-    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3),
-                            pixels[3:-3, :3].reshape(-1, 3), pixels[3:-3, -3:].reshape(-1, 3)])
+    frame = np.concatenate(
+        [
+            pixels[:3].reshape(-1, 3),
+            pixels[-3:].reshape(-1, 3),
+            pixels[3:-3, :3].reshape(-1, 3),
+            pixels[3:-3, -3:].reshape(-1, 3),
+        ]
+    )
     distance = np.linalg.norm(frame.mean(0) - _GROUND, axis=1)
     first, second = np.argsort(distance)[:2]
     return int(first) if distance[first] < 24 and distance[second] - distance[first] > 6 else None
@@ -237,8 +265,12 @@ def read_one(pixels: np.ndarray) -> Scene:
     blobs = [labels == k for k in range(1, n + 1) if (labels == k).sum() >= 8]
     parts = [_read_component(pixels, b, ground) for b in blobs]
     known = 1 <= len(parts) <= len(COUNTS) and all(b.sum() >= 30 for b in blobs)
-    return Scene(len(parts) if known else None, _agreed([p[0] for p in parts]), _agreed([p[1] for p in parts]),
-                 list(BACKGROUNDS)[index])
+    return Scene(
+        len(parts) if known else None,
+        _agreed([p[0] for p in parts]),
+        _agreed([p[1] for p in parts]),
+        list(BACKGROUNDS)[index],
+    )
 
 
 def read(images: Tensor) -> list[Scene]:
@@ -250,6 +282,8 @@ def read(images: Tensor) -> list[Scene]:
 def accuracy(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Which attributes of each picture are what its prompt asks: {"count", "shape", "colour", "background", "all"} -> (B,) 0/1."""
     wanted, found = [parse_prompt(p) for p in prompts], read(images)
-    right = {a: torch.tensor([float(getattr(w, a) == getattr(f, a)) for w, f in zip(wanted, found, strict=True)])
-             for a in ("count", "shape", "colour", "background")}
+    right = {
+        a: torch.tensor([float(getattr(w, a) == getattr(f, a)) for w, f in zip(wanted, found, strict=True)])
+        for a in ("count", "shape", "colour", "background")
+    }
     return {**right, "all": torch.stack(list(right.values())).amin(0)}

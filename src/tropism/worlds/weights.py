@@ -12,6 +12,8 @@ def path(name: str) -> Path:
     """The folder or file `name` (for example "shapes/model") of the bundled weights. Raises UserError if it is missing."""
     found = Path(str(files("tropism") / "weights" / name))
     if not found.exists():
-        raise UserError(f"The bundled weights '{name}' are missing from this installation. Reinstall the package, or train "
-                        "them anew: tropism pretrain shapes --out DIR")
+        raise UserError(
+            f"The bundled weights '{name}' are missing from this installation. Reinstall the package, or train "
+            "them anew: tropism pretrain shapes --out DIR"
+        )
     return found

@@ -1,0 +1,306 @@
+"""The main job from a user's side: their model folder, their reward, their prompts; and every bad input explained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+from tropism import cli, commands
+from tropism.core import UserError
+
+SMALL = {
+    "updates": 2,
+    "batch": 2,
+    "options": {"steps": 3, "guidance": 2.0, "truncation": "2"},
+    "evaluate_prompts": 2,
+    "evaluate_every": 0,
+    "checkpoint_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A user's files: prompts and a reward."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "reward.py").write_text(
+        "import torch\n"
+        "def redness(images, batch):\n    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+        "def by_numpy(images, batch):\n    return torch.tensor(images.detach().numpy().mean((1, 2, 3)))\n"
+        "def nan(images, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+        "def constant(images, batch):\n    return 0 * images.mean((1, 2, 3)) + 1\n"
+        "def mean(images, batch):\n    return images.mean()\n"
+        "def broken(images, batch):\n    raise RuntimeError('no')\n"
+    )
+    return tmp_path
+
+
+def align(model, mine, reward="redness", **settings):
+    return commands.align(
+        "alignprop",
+        model=str(model),
+        reward=f"{mine}/reward.py:{reward}",
+        prompts=mine / "prompts.txt",
+        out=mine / "run",
+        **{**SMALL, **settings},
+    )
+
+
+def test_a_folder_a_function_and_a_file_give_a_run_folder(folder, mine):
+    run = align(folder, mine, updates=3, lr=3e-2, evaluate_every=1)
+    names = {p.name for p in (mine / "run").iterdir()}
+    assert names >= {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "lora",
+        "before.png",
+        "after.png",
+        "reward.png",
+        "report.html",
+        "README.md",
+    }
+    assert run.reload_difference < 1e-5
+    rows = [json.loads(line) for line in (mine / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in rows] == [0, 1, 2, 3]
+    assert rows[1]["calls"] == {"forward": 12, "recompute": 8, "backward": 8, "decode": 2, "reward": 2}
+    assert rows[-1]["held_out/reward"] > rows[0]["held_out/reward"]
+    page = (mine / "run" / "report.html").read_text()
+    assert "<script" not in page
+    assert "a cat" in page
+
+
+def test_the_adapter_loads_in_a_plain_pipeline(folder, mine):
+    from diffusers import StableDiffusionPipeline
+
+    align(folder, mine, lr=3e-2, rank=2, alpha=5)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    draw = lambda: (
+        pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    )
+    before = draw()
+    pipe.load_lora_weights(str(mine / "run" / "lora"))
+    assert abs(draw() - before).max() > 1e-3
+
+
+def test_resume_is_bit_exact_through_the_whole_stack(folder, mine):
+    """2 + 2 updates equal 4, with eta, EMA, drift and a random policy: the adapter's file is the same, byte for byte."""
+    settings = {
+        "eta": 0.5,
+        "ema": 0.9,
+        "options": {"steps": 4, "guidance": 2.0, "truncation": "bernoulli", "drift": 0.1},
+    }
+    align(folder, mine, updates=4, **settings)
+    whole = (mine / "run" / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    (mine / "run").rename(mine / "whole")
+    align(folder, mine, updates=2, **settings)
+    align(folder, mine, updates=4, resume=True, **settings)
+    assert (mine / "run" / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == whole
+
+
+def test_full_fine_tuning_and_bfloat16(folder, mine):
+    align(folder, mine, full=True)
+    assert load_file(mine / "run" / "weights" / "trained.safetensors")
+    align(folder, mine, dtype="bfloat16", overwrite=True)
+    assert {t.dtype for t in load_file(mine / "run" / "lora" / "pytorch_lora_weights.safetensors").values()} == {
+        torch.float32
+    }
+
+
+def test_two_rewards_and_a_python_callable(folder, mine):
+    run = commands.align(
+        "alignprop",
+        model=str(folder),
+        reward=["jpeg=0.3", lambda images, batch: images[:, 0].mean((1, 2))],
+        prompts=["a cat", "a dog"],
+        out=mine / "run",
+        **SMALL,
+    )
+    assert {"jpeg", "<lambda>"} <= set(run.after.columns)
+
+
+def test_mixing_two_runs(folder, mine):
+    align(folder, mine, lr=3e-2)
+    (mine / "run").rename(mine / "one")
+    align(folder, mine, lr=3e-2, seed=1)
+    file = commands.mix([f"{mine}/one=0.5", f"{mine}/run=0.5"], out=mine / "mixed", model=str(folder))
+    ranks = {t.shape[0] for n, t in load_file(file).items() if "lora_A" in n}
+    assert ranks == {8}
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("by_numpy", "without a gradient"),
+        ("nan", "NaN|not finite|non-finite"),
+        ("constant", "zero"),
+        ("mean", "one number per sample"),
+        ("rednes", "Did you mean"),
+    ],
+)
+def test_rewards_that_cannot_teach(folder, mine, reward, says):
+    with pytest.raises(UserError, match=says):
+        align(folder, mine, reward)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"options": {"steps": 3, "truncation": "4"}}, "3 steps"),
+        ({"options": {"stepz": 3}}, "Did you mean 'steps'"),
+        ({"dtype": "float8"}, "float32"),
+        ({"device": "cuda"}, "no GPU"),
+        ({"updates": 0}, "at least 1"),
+        ({"options": {"hinge": 1.0, "target": 1.0}}, "one loss"),
+    ],
+)
+def test_options_that_cannot_be(folder, mine, settings, says):
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=says):
+        align(folder, mine, **settings)
+    assert not (mine / "run").exists(), "nothing is written before everything is checked"
+
+
+def test_names_that_do_not_exist(mine):
+    for change, says in (
+        ({"model": "shape"}, "Did you mean 'shapes'"),
+        ({"reward": "jpg"}, "Did you mean jpeg"),
+        ({"reward": "jpeg-bytes"}, "--reward jpeg"),
+        ({"prompts": mine / "none.txt"}, "no prompt file"),
+    ):
+        given = {"model": "shapes", "reward": "jpeg", "prompts": mine / "prompts.txt", **change}
+        with pytest.raises(UserError, match=says):
+            commands.align("alignprop", out=mine / "run", **given, **SMALL)
+
+
+def test_an_existing_folder_is_left_alone(folder, mine):
+    (mine / "run").mkdir()
+    (mine / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        align(folder, mine)
+    assert (mine / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_prompt_over_the_token_limit_is_said(folder, mine, capsys):
+    (mine / "prompts.txt").write_text("word " * 400)
+    align(folder, mine)
+    assert "longer than the text encoder reads" in capsys.readouterr().out
+
+
+def test_hostile_prompts_stay_text(folder, mine):
+    (mine / "prompts.txt").write_text("<script>alert(1)</script>\n../../etc/passwd\n")
+    align(folder, mine)
+    page = (mine / "run" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert not (mine.parent / "etc").exists()
+
+
+def tropism(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "tropism.cli", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_the_command_line(folder, mine):
+    done = tropism(
+        "align",
+        "alignprop",
+        "--model",
+        folder,
+        "--reward",
+        f"{mine}/reward.py:redness=2",
+        "--prompts",
+        mine / "prompts.txt",
+        "--out",
+        mine / "run",
+        "--updates",
+        1,
+        "--batch",
+        2,
+        "--steps",
+        3,
+        "--truncation",
+        1,
+        "--threads",
+        1,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reload difference" in done.stdout
+    again = tropism(
+        "align", "alignprop", "--config", mine / "run" / "config.yaml", "--out", mine / "again", "--updates", 1
+    )
+    assert again.returncode == 0, again.stderr
+    one, two = ((mine / d / "lora" / "pytorch_lora_weights.safetensors").read_bytes() for d in ("run", "again"))
+    assert one == two
+    bad = tropism(
+        "align",
+        "alignprop",
+        "--model",
+        folder,
+        "--reward",
+        "jpg",
+        "--prompts",
+        mine / "prompts.txt",
+        "--out",
+        mine / "x",
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("tropism: There is no reward 'jpg'. Did you mean jpeg?")
+    assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_leave(folder, mine, number, code):
+    command = [
+        sys.executable,
+        "-m",
+        "tropism.cli",
+        "align",
+        "alignprop",
+        "--model",
+        folder,
+        "--reward",
+        "jpeg",
+        "--prompts",
+        mine / "prompts.txt",
+        "--out",
+        mine / "run",
+        "--updates",
+        "500",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--threads",
+        "1",
+    ]
+    run = subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    metrics, waited = mine / "run" / "metrics.jsonl", time.time()
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.time() - waited < 120
+        time.sleep(0.2)
+    run.send_signal(number)
+    assert run.wait(60) == code
+    assert any(Path(mine / "run" / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def test_every_method_option_is_a_flag():
+    flags = {p.name for p in cli._flags(commands.METHODS["alignprop"], commands.BOUND)}
+    assert flags == set(commands.options_of("alignprop"))
