@@ -151,7 +151,21 @@ def save(model: StableDiffusion, folder: str | Path) -> Path:
     metadata = {**model.unet.peft_config[_NAME].to_dict(), "inference_mode": True}
     metadata["target_modules"] = sorted(metadata["target_modules"])
     Writer.save_lora_weights(str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    _sort_header(Path(folder) / FILE)
     return Path(folder) / FILE
+
+
+def _sort_header(file: Path) -> None:
+    """Equal adapters make equal files: safetensors writes several metadata entries in a random order."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps({"__metadata__": header.pop("__metadata__"), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    temporary.replace(file)
 
 
 def _file(folder: str | Path) -> Path:
