@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from test_conformance import BATCH, DRAW, stirred
+from test_model_conformance import BATCH, DRAW, stirred
 
 from tropism.core import UserError
 from tropism.models import lora

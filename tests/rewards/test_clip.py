@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, tiny_clip
 from PIL import Image
+from tiny_clip import PROMPTS, tiny_clip
 from transformers import CLIPImageProcessor
 
 from tropism.core import Batch, UserError

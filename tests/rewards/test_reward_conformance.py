@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PROMPTS
+from tiny_clip import PROMPTS
 
 from tropism.core import Batch
 from tropism.rewards import jpeg
