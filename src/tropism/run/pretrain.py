@@ -307,7 +307,7 @@ def assemble(out: Path, vae, both, tokenizer):
     pipe.to(torch.float32)
 
 
-def shapes_world(out: Path, vae_updates: int = 2400, updates: int = 5000) -> tuple:
+def shapes_world(out: Path, vae_updates: int = 2400, updates: int = 8000) -> tuple:
     """Train VAE, U-Net and text encoder, and write OUT/model. Returns (vae, tokenizer) for the rewards to come."""
     folder = out / ".train"
     vae = train_vae(folder, vae_updates)
