@@ -28,7 +28,7 @@ from tropism.run.record import Recorder
 
 METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
-DEFAULTS = {"shapes": {"steps": 16, "guidance": 3.0}}
+DEFAULTS = {"shapes": {"steps": 8, "guidance": 2.0}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 

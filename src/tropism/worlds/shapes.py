@@ -236,6 +236,14 @@ def _read_component(pixels: np.ndarray, component: np.ndarray, ground: np.ndarra
     return shape, list(COLOURS)[best] if sure else None
 
 
+def _is_texture(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> bool:
+    """A speck too small for an object (the smallest covers 45 px) that stays clear of every object colour."""
+    inside = pixels[blob]
+    strongest = inside[np.linalg.norm(inside - ground, axis=-1).argmax()]
+    nearest = _OBJECT[np.linalg.norm(_OBJECT - strongest, axis=-1).argmin()]
+    return blob.sum() < 40 and np.linalg.norm(strongest - ground) < 0.75 * np.linalg.norm(nearest - ground)
+
+
 def _read_background(pixels: np.ndarray) -> int | None:
     frame = np.concatenate(
         [
@@ -263,6 +271,7 @@ def read_one(pixels: np.ndarray) -> Scene:
     ground = _GROUND[index]
     labels, n = ndimage.label(np.linalg.norm(pixels - ground, axis=-1) > 62)
     blobs = [labels == k for k in range(1, n + 1) if (labels == k).sum() >= 8]
+    blobs = [b for b in blobs if not _is_texture(pixels, b, ground)]
     parts = [_read_component(pixels, b, ground) for b in blobs]
     known = 1 <= len(parts) <= len(COUNTS) and all(b.sum() >= 30 for b in blobs)
     return Scene(
