@@ -9,7 +9,7 @@ import torch
 from study import HELD_OUT, measures, options, table
 
 from tropism.commands import align
-from tropism.models import lora
+from tropism.models import mixing
 from tropism.models.load import load_model
 from tropism.rewards.jpeg import compressibility
 from tropism.run.evaluate import evaluate
@@ -51,7 +51,7 @@ def main():
         joint.append(measures(done.after))
         for c, a in mixtures:
             model = load_model("shapes")
-            lora.mix(
+            mixing.mix(
                 model, {run.out / f"mixing-compress-{seed}" / "lora": c, run.out / f"mixing-align-{seed}" / "lora": a}
             )
             curve[c, a].append(draw(model, seed))

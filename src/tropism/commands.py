@@ -14,7 +14,7 @@ import torch
 
 from tropism.align.alignprop import alignprop
 from tropism.core import Info, Model, Reward, UserError, name_of
-from tropism.models import lora
+from tropism.models import lora, mixing
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
 from tropism.rewards.combine import weighted
@@ -282,7 +282,7 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
         except ValueError as error:
             raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
     loaded = load_model(model)
-    lora.mix(loaded, parts)
+    mixing.mix(loaded, parts)
     return lora.save(loaded, out)
 
 

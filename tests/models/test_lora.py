@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from test_model_conformance import BATCH, DRAW, stirred
 
 from tropism.core import UserError
-from tropism.models import lora
+from tropism.models import lora, mixing
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
 
@@ -202,7 +202,7 @@ def test_mixing_sums_the_products(pair):
     folder, a, b, first, second = pair
     model = StableDiffusion.load(folder, lora=None)
     for wa, wb in ((0.3, 0.7), (1.0, -0.5), (0.0, 0.0)):
-        lora.mix(model, {a: wa, b: wb})
+        mixing.mix(model, {a: wa, b: wb})
         da, db = deltas(first), deltas(second)
         for module, delta in deltas(model).items():
             expected = wa * da[module] + wb * db.get(module, torch.zeros(()))
@@ -212,18 +212,18 @@ def test_mixing_sums_the_products(pair):
 def test_mixing_one_is_itself(pair):
     folder, a, b, first, second = pair
     model = StableDiffusion.load(folder)
-    lora.mix(model, {a: 1.0, b: 0.0})
+    mixing.mix(model, {a: 1.0, b: 0.0})
     torch.testing.assert_close(drawn(model), drawn(first), rtol=1e-5, atol=1e-6)
-    lora.mix(model, {b: 1.0})
+    mixing.mix(model, {b: 1.0})
     torch.testing.assert_close(drawn(model), drawn(second), rtol=1e-5, atol=1e-6)
-    lora.mix(model, {a: 0.0})
+    mixing.mix(model, {a: 0.0})
     torch.testing.assert_close(drawn(model), drawn(StableDiffusion.load(folder, lora=None)), rtol=1e-6, atol=1e-6)
 
 
 def test_a_mixture_is_an_adapter_like_any_other(pair, tmp_path):
     folder, a, b, *_ = pair
     model = StableDiffusion.load(folder)
-    lora.mix(model, {a: 0.4, b: 0.6})
+    mixing.mix(model, {a: 0.4, b: 0.6})
     assert model.lora.rank == 5
     lora.save(model, tmp_path / "mixed")
     assert lora.verify(model, tmp_path / "mixed") < 1e-5
@@ -236,10 +236,10 @@ def test_mixing_what_does_not_fit(folders, tmp_path):
     model = made(folders["epsilon"])
     file = lora.save(model, tmp_path / "a")
     with pytest.raises(UserError, match="no adapter to mix"):
-        lora.mix(model, {})
+        mixing.mix(model, {})
     (tmp_path / "b").mkdir()
     save_file({k.replace("mid_block", "middle"): v for k, v in load_file(file).items()}, tmp_path / "b" / lora.FILE)
     before = drawn(model)
     with pytest.raises(UserError, match="/b does not fit this model, at middle"):
-        lora.mix(model, {tmp_path / "a": 1.0, tmp_path / "b": 1.0})
+        mixing.mix(model, {tmp_path / "a": 1.0, tmp_path / "b": 1.0})
     assert torch.equal(drawn(model), before)

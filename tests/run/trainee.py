@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -106,28 +107,38 @@ def fingerprint(folder: Path) -> str:
 
 
 def fuzz(folder: Path, kills: int, updates: int = 30) -> dict:
-    """Forks children that are killed at random moments until one is left to finish; forking saves the time to import."""
-    run(folder / "whole", updates, every=2)  # before the first fork, for torch's lazy imports
-    random.seed(1)
-    hit, started = 0, []
-    for k in range(kills + 1):
+    """Forks children and kills them at random moments of a whole run's length, until `kills` were hit alive.
+
+    A child that came through leaves its fingerprint, and the next starts from nothing. Forking saves the time to import.
+    """
+    run(folder / "warm", updates, every=2)  # torch's lazy imports, before the clock and before the first fork
+    began = time.monotonic()
+    run(folder / "whole", updates, pause=0.01, every=2)
+    length, rng = time.monotonic() - began, random.Random(1)
+    hit, started, finished = 0, [], []
+    while hit < kills or not finished:
         child = os.fork()
         if child == 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the child ends with it
             _, result = run(folder / "killed", updates, resume=True, pause=0.01, every=2)
             os._exit(0 if result.updates == updates else 1)
-        if k < kills:
-            time.sleep(random.uniform(0.02, 0.25))
+        if hit < kills:
+            time.sleep(rng.uniform(0, 0.6) * length)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        hit += os.WIFSIGNALED(status)
-        newest = checkpoint.newest(folder / "killed" / "checkpoints")
-        started.append(newest.update if newest else 0)
+        if os.WIFSIGNALED(status):
+            hit += 1
+            newest = checkpoint.newest(folder / "killed" / "checkpoints")
+            started.append(newest.update if newest else 0)
+        else:
+            assert status == 0
+            finished.append(fingerprint(folder / "killed"))
+            shutil.rmtree(folder / "killed")
     heavy = [m for m in ("diffusers", "transformers", "peft", "accelerate", "matplotlib") if m in sys.modules]
     return {
         "heavy": heavy,
         "whole": fingerprint(folder / "whole"),
-        "killed": fingerprint(folder / "killed"),
+        "killed": sorted(set(finished)),
         "hit": hit,
         "started": started,
     }

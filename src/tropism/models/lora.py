@@ -1,4 +1,4 @@
-"""Low-rank adapters on a backbone's attention projections: attach, switch, scale, save, load, verify and mix.
+"""Low-rank adapters on a backbone's attention projections: attach, switch, scale, save, load and verify.
 
 Source: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
 """
@@ -207,7 +207,7 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], LoraSettings, bool]:
     rank = metadata.get("r") or next((len(v) for k, v in layers.items() if ".lora_A." in k), 1)
     targets = metadata.get("target_modules")
     if not isinstance(targets, list):  # none, or a regular expression
-        targets = sorted({_module(k) for k in layers})
+        targets = sorted({module_of(k) for k in layers})
     return layers, LoraSettings(rank, metadata.get("lora_alpha"), tuple(targets)), bool(metadata)
 
 
@@ -217,7 +217,8 @@ def _plain(key: str) -> str:
     return key.removeprefix("unet.")
 
 
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
+    """The module a factor's key belongs to."""
     return key.split(".lora_")[0]
 
 
@@ -264,7 +265,7 @@ def load(model: StableDiffusion, folder: str | Path) -> None:
             p.copy_(theirs[key])
 
 
-# ---------------------------------------------------------------------------------------------------- trust, mixtures
+# ---------------------------------------------------------------------------------------------------- trust
 
 
 @torch.no_grad()
@@ -305,51 +306,3 @@ def verify(
             "1 with matching diffusers and peft."
         )
     return difference
-
-
-def _widened(parts: list[tuple[float, dict[str, Tensor], LoraSettings]], key: str, dtype: torch.dtype) -> Tensor:
-    """One factor of the mixture: the A's stacked, and the B's side by side, each times weight * alpha / rank."""
-    shape = next(layers[key].shape for _, layers, _ in parts if key in layers)
-    is_a, rows = ".lora_A." in key, []
-    for weight, layers, own in parts:
-        size = (own.rank, *shape[1:]) if is_a else (shape[0], own.rank, *shape[2:])
-        factor = layers[key].to(dtype) if key in layers else torch.zeros(size, dtype=dtype)
-        rows.append(factor if is_a else weight * own.scale * factor)
-    return torch.cat(rows, 0 if is_a else 1)
-
-
-def _unfit(network: nn.Module, layers: Mapping[str, Tensor]) -> list[str]:
-    """The keys that name no module of this network, or one of another width."""
-    modules = dict(network.named_modules())
-
-    def fits(key: str, factor: Tensor) -> bool:
-        weight, side = getattr(modules.get(_module(key)), "weight", None), 1 if ".lora_A." in key else 0
-        return weight is not None and factor.ndim == weight.ndim and factor.shape[side] == weight.shape[side]
-
-    return [key for key, factor in layers.items() if not fits(key, factor)]
-
-
-def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
-    """Replace the model's adapter by sum_i w_i (alpha_i / rank_i) B_i A_i over finished adapters {folder: weight}.
-
-    The products are summed, as one adapter of the summed rank that `save` can write; factors are never averaged. Ranks,
-    alphas and targets may differ. Raises UserError if an adapter does not fit this base, which then stays as it was.
-    """
-    if not weights:
-        raise UserError("There is no adapter to mix. Name at least one folder and its weight.")
-    parts = [(float(w), *read(folder)[:2]) for folder, w in weights.items()]
-    for folder, (_, layers, _) in zip(weights, parts, strict=True):
-        odd = _unfit(model.unet, layers)
-        if odd:
-            raise UserError(
-                f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters "
-                "of the same base model."
-            )
-    ranks = sum(own.rank for _, _, own in parts)
-    targets = dict.fromkeys(t for _, _, own in parts for t in own.targets)
-    model.lora = LoraSettings(ranks, ranks, tuple(targets))
-    attach(model.unet, model.lora, torch.promote_types(model.dtype, torch.float32))
-    held = {key for _, layers, _ in parts for key in layers}
-    with torch.no_grad():
-        for key, p in factors(model.unet).items():
-            p.copy_(_widened(parts, key, p.dtype) if key in held else torch.zeros_like(p))

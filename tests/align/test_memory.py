@@ -1,0 +1,28 @@
+"""Peak memory of the engine on the bundled model: fresh processes, the kernel's own high-water mark."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+
+
+@pytest.fixture(scope="module")
+def peak():
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fresh
+
+
+def test_the_sweep_needs_no_more_than_step_checkpointing_and_far_less_than_autograd(peak):
+    sweep, checkpoint, plain = (peak(engine, 8, 8) for engine in ("sweep", "checkpoint", "plain"))
+    assert sweep <= 1.02 * checkpoint
+    assert sweep < 0.5 * plain
+
+
+def test_depth_costs_latents_only(peak):
+    """8 samples x 4 KiB of latents a step: K = 24 instead of K = 1 may add 23 x 32 KiB, here with room for noise."""
+    assert peak("sweep", 24, 24) < peak("sweep", 24, 1) + 8
