@@ -5,45 +5,28 @@ Run: python recipes/aesthetics.py
 """
 
 import json
-import time
 
 import matplotlib
 import torch
-from study import HELD_OUT, options
-
-from tropism.commands import align
+from study import options, runs
 
 matplotlib.use("Agg")
-SETTINGS = dict(
-    reward=["shapes-aesthetic"], options={"steps": 10, "guidance": 3.0, "truncation": "2"}, updates=100, lr=2e-3
-)
+CHAIN = {"steps": 8, "guidance": 2.0, "truncation": "2"}
 
 
 def main():
     from matplotlib import pyplot
 
     run, curves = options(), []
-    for seed in run.seeds:
-        began, out = time.time(), run.out / f"aesthetics-{seed}"
-        align(
-            "alignprop",
-            model="shapes",
-            held_out=HELD_OUT,
-            seed=seed,
-            out=out,
-            batch=16,
-            rank=8,
-            evaluate_every=5,
-            evaluate_prompts=48,
-            overwrite=True,
-            threads=run.threads,
-            **SETTINGS,
-        )
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    done, seconds = runs(
+        run, "aesthetics", ["shapes-aesthetic"], CHAIN, updates=60, lr=2e-3, evaluate_every=5, evaluate_prompts=48
+    )
+    print(f"{len(done)} seeds, {max(seconds):.0f} s at most")
+    for finished in done:
+        lines = [json.loads(line) for line in (finished.out / "metrics.jsonl").read_text().splitlines()]
         curves.append(
             [(r["update"], r["held_out/reward"], r["held_out/gold_taste"]) for r in lines if "held_out/reward" in r]
         )
-        print(f"seed {seed}: {time.time() - began:.0f} s")
     update, proxy, gold = torch.tensor(curves, dtype=torch.float64).unbind(-1)
     for k in (0, gold.mean(0).argmax().item(), -1):
         print(

@@ -12,7 +12,7 @@ from tropism.rewards.jpeg import compressibility, true_bytes
 from tropism.run.evaluate import evaluate
 from tropism.worlds import shapes
 
-SETTINGS = [(8, 2.0), (10, 1.0), (10, 1.5), (10, 2.0), (10, 3.0), (20, 2.0)]
+SETTINGS = [(8, 2.0), (8, 1.0), (8, 3.0), (12, 2.0), (20, 2.0)]
 
 
 def flattened(image: torch.Tensor, scene: shapes.Scene) -> torch.Tensor:
@@ -40,7 +40,7 @@ def main():
         mean, spread = torch.tensor(rows).mean(0), torch.tensor(rows).std(0)
         cells = [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in zip(mean[:5], spread[:5], strict=True)]
         print(f"| {steps} | {guidance:g} | " + " | ".join(cells) + f" | {mean[5]:.0f} ± {spread[5]:.0f} |", flush=True)
-    found = evaluate(model, compressibility(), HELD_OUT, steps=10, guidance=2.0, seed=0, batch_size=32)
+    found = evaluate(model, compressibility(), HELD_OUT, steps=8, guidance=2.0, seed=0, batch_size=32)
     read = shapes.read(found.images)
     known = [i for i, scene in enumerate(read) if scene.background]
     bare = torch.stack([flattened(found.images[i], read[i]) for i in known])

@@ -5,45 +5,16 @@ than 5 points, entropies above 80 % of the base's; unguarded, the pictures are e
 Run: python recipes/compressibility.py
 """
 
-import time
+from study import compared, options
 
-from study import HELD_OUT, measures, options, table
-
-from tropism.commands import align
-
-GUARDED = dict(
-    reward=["jpeg", "shapes-alignment=2"],
-    options={"steps": 10, "guidance": 3.0, "truncation": "2"},
-    updates=60,
-    lr=2e-3,
-)
-UNGUARDED = dict(reward=["jpeg"], options={"steps": 10, "guidance": 3.0, "truncation": "2"}, updates=100, lr=5e-3)
+CHAIN = {"steps": 8, "guidance": 2.0, "truncation": "2"}
+GUARDED = ["jpeg", "shapes-alignment=2"]
 
 
 def main():
     run = options()
-    for name, settings in (("guarded", GUARDED), ("unguarded", UNGUARDED)):
-        before, after, seconds = [], [], []
-        for seed in run.seeds if name == "guarded" else run.seeds[:1]:
-            began = time.time()
-            done = align(
-                "alignprop",
-                model="shapes",
-                held_out=HELD_OUT,
-                seed=seed,
-                out=run.out / f"compressibility-{name}-{seed}",
-                batch=16,
-                rank=8,
-                evaluate_every=0,
-                evaluate_prompts=len(HELD_OUT),
-                overwrite=True,
-                threads=run.threads,
-                **settings,
-            )
-            seconds.append(time.time() - began)
-            before.append(measures(done.before))
-            after.append(measures(done.after))
-        table(f"compressibility-{name}", run.out, before, after, seconds)
+    compared(run, "compressibility-guarded", GUARDED, CHAIN, updates=60, lr=2e-3)
+    compared(run, "compressibility-unguarded", ["jpeg"], CHAIN, updates=60, lr=2e-3)
 
 
 if __name__ == "__main__":

@@ -6,56 +6,37 @@ Run: python recipes/mixing.py
 
 import matplotlib
 import torch
-from study import HELD_OUT, measures, options, table
+from study import HELD_OUT, measures, options, runs, table
 
-from tropism.commands import align
 from tropism.models import mixing
 from tropism.models.load import load_model
 from tropism.rewards.jpeg import compressibility
 from tropism.run.evaluate import evaluate
 
 matplotlib.use("Agg")
-CHAIN = {"steps": 10, "guidance": 3.0, "truncation": "2"}
+SAMPLING = {"steps": 8, "guidance": 2.0}
+CHAIN = {**SAMPLING, "truncation": "2"}
 RUNS = {"compress": (["jpeg"], 25), "align": (["shapes-alignment"], 60), "joint": (["jpeg", "shapes-alignment=3"], 60)}
 
 
 def draw(model, seed):
-    return measures(evaluate(model, compressibility(), HELD_OUT, steps=10, guidance=3.0, seed=seed, batch_size=32))
+    return measures(evaluate(model, compressibility(), HELD_OUT, **SAMPLING, seed=seed, batch_size=32))
 
 
 def main():
     from matplotlib import pyplot
 
     run, mixtures = options(), [(c, a) for c in (0.0, 0.25, 0.5, 0.75, 1.0) for a in (0.0, 0.5, 1.0)]
-    before, joint, curve = [], [], {m: [] for m in mixtures}
-    for seed in run.seeds:
-        for name, (reward, updates) in RUNS.items():
-            done = align(
-                "alignprop",
-                model="shapes",
-                held_out=HELD_OUT,
-                seed=seed,
-                out=run.out / f"mixing-{name}-{seed}",
-                reward=reward,
-                options=CHAIN,
-                updates=updates,
-                batch=16,
-                rank=8,
-                lr=2e-3,
-                evaluate_every=0,
-                evaluate_prompts=len(HELD_OUT),
-                overwrite=True,
-                threads=run.threads,
-            )
-        before.append(measures(done.before))
-        joint.append(measures(done.after))
+    found = {n: runs(run, f"mixing-{n}", reward, CHAIN, updates=u, lr=2e-3) for n, (reward, u) in RUNS.items()}
+    done, seconds = found["joint"]
+    before, joint = [measures(d.before) for d in done], [measures(d.after) for d in done]
+    curve = {m: [] for m in mixtures}
+    for i, seed in enumerate(run.seeds):
         for c, a in mixtures:
             model = load_model("shapes")
-            mixing.mix(
-                model, {run.out / f"mixing-compress-{seed}" / "lora": c, run.out / f"mixing-align-{seed}" / "lora": a}
-            )
+            mixing.mix(model, {found["compress"][0][i].out / "lora": c, found["align"][0][i].out / "lora": a})
             curve[c, a].append(draw(model, seed))
-    table("mixing-joint", run.out, before, joint, [0.0])
+    table("mixing-joint", run.out, before, joint, seconds)
     mean = lambda rows, key: torch.tensor([r[key] for r in rows], dtype=torch.float64).mean().item()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     for a in (0.0, 0.5, 1.0):

@@ -39,7 +39,7 @@ def main():
         load_model("shapes", lora=None),
         compressibility(),
         prompts,
-        steps=10,
+        steps=8,
         guidance=2.0,
         seed=run.seeds[0],
         per_prompt=10,
@@ -54,7 +54,8 @@ def main():
         "shapes-aesthetic ~ hidden rule": (shapes_aesthetic(), taste.gold(images)),
     }
     print(
-        f"{len(images)} base-model pictures, {len(prompts)} held-out prompts, seed {run.seeds[0]}\n\n| proxy ~ measure | Spearman | within a prompt |\n|---|---:|---:|"
+        f"{len(images)} base-model pictures, {len(prompts)} held-out prompts, seed {run.seeds[0]}\n\n"
+        "| proxy ~ measure | Spearman | within a prompt |\n|---|---:|---:|"
     )
     for name, (reward, measure) in pairs.items():
         with torch.no_grad():

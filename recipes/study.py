@@ -1,7 +1,8 @@
-"""What the recipes on the shapes world share: held-out measures of a finished run, entropies, and a table over seeds."""
+"""What the recipes on the shapes world share: the runs over seeds, held-out measures, entropies, and a table."""
 
 import argparse
 import json
+import time
 from collections import Counter
 from datetime import date
 from math import log2
@@ -9,11 +10,17 @@ from pathlib import Path
 
 import torch
 
+from tropism.commands import Run, align
 from tropism.rewards.jpeg import true_bytes
 from tropism.run.evaluate import Evaluation
 from tropism.worlds import shapes, taste
 
 FLAT = 690
+EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_out", "conv", "conv_shortcut"),
+)
+"""Adapters on the convolutions too: grain is drawn there, and adapters on the attention alone cannot take it away."""
 HELD_OUT = [s.prompt for s in shapes.scenes(held_out=True)]
 
 
@@ -46,10 +53,46 @@ def options(seeds: str = "0,1,2") -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default=seeds)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     found = parser.parse_args()
     found.seeds = [int(s) for s in found.seeds.split(",")]
     return found
+
+
+def runs(
+    run: argparse.Namespace, name: str, reward: list[str], chain: dict, **settings
+) -> tuple[list[Run], list[float]]:
+    """One AlignProp run a seed on the shapes model, judged on every held-out prompt; the runs and their seconds, evaluations included."""
+    done, seconds = [], []
+    for seed in run.seeds:
+        began = time.time()
+        done.append(
+            align(
+                "alignprop",
+                model="shapes",
+                reward=reward,
+                held_out=HELD_OUT,
+                seed=seed,
+                out=run.out / f"{name}-{seed}",
+                options=chain,
+                overwrite=True,
+                threads=run.threads,
+                **{"batch": 16, "rank": 8, "evaluate_every": 0, "evaluate_prompts": len(HELD_OUT), **settings},
+            )
+        )
+        seconds.append(time.time() - began)
+    return done, seconds
+
+
+def compared(run: argparse.Namespace, name: str, reward: list[str], chain: dict, **settings) -> dict:
+    """`runs`, and the `table` of its measures before and after."""
+    done, seconds = runs(run, name, reward, chain, **settings)
+    return table(name, run.out, [measures(d.before) for d in done], [measures(d.after) for d in done], seconds)
+
+
+def closed(row: dict) -> str:
+    """The share of the missing accuracy that each seed closed."""
+    return ", ".join(f"{(b - a) / (1 - a):.2f}" for a, b in zip(row["base"], row["each"], strict=True))
 
 
 def table(name: str, out: Path, before: list[dict], after: list[dict], seconds: list[float]):
@@ -61,7 +104,13 @@ def table(name: str, out: Path, before: list[dict], after: list[dict], seconds: 
     for key in after[0]:
         a, b = (torch.tensor([m[key] for m in side], dtype=torch.float64) for side in (before, after))
         spread = b.std().item() if len(b) > 1 else float("nan")
-        rows[key] = {"before": a.mean().item(), "after": b.mean().item(), "sd": spread, "each": b.tolist()}
+        rows[key] = {
+            "before": a.mean().item(),
+            "after": b.mean().item(),
+            "sd": spread,
+            "base": a.tolist(),
+            "each": b.tolist(),
+        }
         print(f"  {key:24s} {a.mean():9.3f} -> {b.mean():9.3f}  (sd {spread:.3f})")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(

@@ -214,12 +214,13 @@ def mix(
 def pretrain(
     world: Annotated[str, typer.Argument(help="shapes")] = "shapes",
     out: Annotated[Path, typer.Option(help="Where checkpoints and the finished networks go.")] = Path("runs/pretrain"),
+    quick: Annotated[bool, typer.Option(help="A few updates of every stage, to see that it works.")] = False,
     threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
 ) -> None:
     """Train the bundled networks from nothing; run it again to go on where it stopped."""
     from tropism import commands
 
-    commands.pretrain(world, out=out, threads=threads)
+    commands.pretrain(world, out=out, quick=quick, threads=threads)
 
 
 def main() -> None:

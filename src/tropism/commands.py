@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.models import lora, mixing
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
+from tropism.models.stable_diffusion import StableDiffusion
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import load_rewards, require_gradient
 from tropism.run import report
@@ -73,8 +74,9 @@ def _resolved(method: str, model: Any, options: Mapping[str, Any]) -> dict[str, 
 
 def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
     parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    if all(isinstance(p, str) for p in parts):
-        return load_rewards(parts)
+    texts = [p for p in parts if isinstance(p, str)]
+    if len(texts) == len(parts):
+        return load_rewards(texts)
     loaded = [load_rewards([p]) if isinstance(p, str) else p for p in parts]
     return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
 
@@ -281,7 +283,7 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
             parts[_adapter(folder or weight)] = float(weight) if folder else 1.0
         except ValueError as error:
             raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
-    loaded = load_model(model)
+    loaded = cast(StableDiffusion, load_model(model))
     mixing.mix(loaded, parts)
     return lora.save(loaded, out)
 
@@ -292,13 +294,17 @@ def _adapter(folder: str) -> Path:
     return inside if inside.is_dir() else Path(folder)
 
 
-def pretrain(world: str = "shapes", *, out: str | Path, threads: int | None = None) -> Path:
-    """Train the bundled networks of a world from nothing, resumable; returns the folder with the finished files."""
-    from tropism.run import pretrain as networks
-    from tropism.run import pretrain_rewards
+def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, threads: int | None = None) -> Path:
+    """Train the bundled networks of a world from nothing, resumable; returns the folder with the finished files.
+
+    quick: a few updates of every stage, to see that it works.
+    """
+    from tropism.run import pretrain as generator
+    from tropism.run import pretrain_loop, pretrain_rewards
 
     _known(world, BUNDLED, "world")
     set_up("cpu", "float32", threads)
-    vae, tokenizer = networks.shapes_world(Path(out))
-    pretrain_rewards.shapes_rewards(Path(out), vae, tokenizer)
+    lengths = pretrain_loop.QUICK if quick else pretrain_loop.Lengths()
+    vae, tokenizer = generator.shapes_world(Path(out), lengths)
+    pretrain_rewards.shapes_rewards(Path(out), vae, tokenizer, lengths)
     return Path(out)

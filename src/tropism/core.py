@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Batch:
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Batch:
         chosen = np.arange(len(self))[as_index(rows)].tolist()
 
-        def pick(name, value):
+        def pick(name: str, value: Any) -> Any:
             if value is None or name == "parent":
                 return self.whole if name == "parent" else None
             return value[chosen] if isinstance(value, Tensor) else type(value)(value[i] for i in chosen)
@@ -123,7 +123,7 @@ class Kernel(Protocol):
         """(B,) float64, summed over S. Raises UserError where the kernel is deterministic."""
         ...
 
-    def log_ratio(self, other: Kernel, x: Tensor) -> Tensor:
+    def log_ratio(self, other: Self, x: Tensor) -> Tensor:
         """(B,) float64, log p(x) - log q(x), subtracted before summing."""
         ...
 
@@ -176,18 +176,20 @@ class Process(Protocol):
 class Cond(Protocol):
     """All that `predict` needs beside x_t and t; row-indexable. `shape` is one sample's latent shape."""
 
-    shape: tuple[int, ...]
-
+    @property
+    def shape(self) -> tuple[int, ...]: ...
     def __getitem__(self, rows) -> Cond: ...
 
 
 class Model(Protocol):
     """A diffusion backbone. `predict` is the only network call; everything else is arithmetic or the decoder."""
 
-    process: Process
-    dtype: torch.dtype
-    device: torch.device
-
+    @property
+    def process(self) -> Process: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
     def encode(self, batch: Batch, draw: Draw | None = None) -> Cond: ...
     def start(self, cond: Cond, draw: Draw, times: Tensor) -> tuple[Tensor, int]: ...
     def predict(self, x_t: Tensor, t: float | Tensor, cond: Cond, guidance: float) -> Tensor: ...
@@ -299,11 +301,11 @@ def in_pieces(function: Callable[[slice], None], n: int, size: int) -> int:
 
 def gather(values: Tensor, index: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Values (B, ...) of all processes with their global sample indices, sorted by sample; padded all_gather of tensors."""
-    index = torch.as_tensor(list(index), device=values.device)
+    samples = torch.as_tensor(list(index), device=values.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         world = torch.distributed.get_world_size()
         counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(world)]
-        torch.distributed.all_gather(counts, torch.tensor([len(index)], device=values.device))
+        torch.distributed.all_gather(counts, torch.tensor([len(samples)], device=values.device))
         longest = int(torch.stack(counts).max())
 
         def everyone(x: Tensor) -> Tensor:
@@ -312,6 +314,6 @@ def gather(values: Tensor, index: Iterable[int]) -> tuple[Tensor, Tensor]:
             torch.distributed.all_gather(parts, padded.contiguous())
             return torch.cat([p[: int(c)] for p, c in zip(parts, counts, strict=True)])
 
-        values, index = everyone(values), everyone(index)
-    order = index.argsort(stable=True)
-    return values[order], index[order]
+        values, samples = everyone(values), everyone(samples)
+    order = samples.argsort(stable=True)
+    return values[order], samples[order]

@@ -6,8 +6,12 @@ import pytest
 import torch
 from toy import ToyModel, batch, smooth_reward
 
-from tropism.align.alignprop import alignprop
-from tropism.core import UserError
+from tropism.align.alignprop import alignprop, reward_loss
+from tropism.align.rollout import Chain, plain
+from tropism.align.truncation import bernoulli
+from tropism.core import Draw, Stream, UserError, generator
+from tropism.rewards.combine import weighted
+from tropism.rewards.named import Named
 
 
 def colour(images, batch):
@@ -15,9 +19,9 @@ def colour(images, batch):
     return torch.tanh(images[:, 0].mean((1, 2)))
 
 
-def update(model, reward=colour, n=0, **options):
+def update(model, reward=colour, n=0, b=None, **options):
     run = alignprop(
-        model, reward, batch(6), state={"kept": 1}, update=n, seed=4, **{"steps": 10, "guidance": 2.0, **options}
+        model, reward, b or batch(6), state={"kept": 1}, update=n, seed=4, **{"steps": 10, "guidance": 2.0, **options}
     )
     loss, info = next(run)
     for p in model.trainable().values():
@@ -27,6 +31,83 @@ def update(model, reward=colour, n=0, **options):
         next(run)
     assert end.value.value == {"kept": 1}
     return loss, info, torch.cat([p.grad.flatten() for p in model.trainable().values()])
+
+
+def by_hand(model, b, n, drift=0.0, detach=False, loss=lambda r: -r, detach_input=False):
+    """One update by its definition, in one autograd graph: (loss, gradient, penalty (B,), rewards (B,))."""
+    draw, times = Draw(4, n, b.index), model.process.times(10)
+    active, cond = tuple(bernoulli(10, generator(4, Stream.TRUNCATION, n))), model.encode(b)
+
+    def penalty(x, out, t, cond):
+        with model.base():
+            reference = model.predict(x.detach() if detach else x, t, cond, 2.0)
+        return drift * (out - (reference.detach() if detach else reference)).pow(2).flatten(1).mean(1) / sum(active)
+
+    chain = Chain(model, colour, b, cond, draw, tuple(times.tolist()), 2.0, active, step_loss=penalty,
+                  detach_input=detach_input)  # fmt: skip
+    found = plain(chain, model.start(cond, draw, times)[0], loss, list(model.trainable().values()))
+    total = found.losses.sum() + found.step_losses.sum()
+    return total, torch.cat([g.flatten() for g in found.gradient]), found.step_losses, found.rewards
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({}, {}),
+        ({"hinge": 0.1}, {"loss": lambda r: (0.1 - r).clamp_min(0)}),
+        ({"detach_input": True}, {"detach_input": True}),
+        ({"drift": 0.3}, {"drift": 0.3}),
+        ({"drift": 2.0, "drift_detach": True}, {"drift": 2.0, "detach": True}),
+    ],
+    ids=str,
+)
+def test_an_update_is_what_it_is_defined_to_be(n, options, same):
+    """Keyed by seed, update and each sample's global index; penalties averaged over the active steps."""
+    model, b = ToyModel(), batch(8)[2:6]
+    loss, info, gradient = update(model, n=n, b=b, truncation="bernoulli", **options)
+    expected, slope, penalty, rewards = by_hand(model, b, n, **same)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert (gradient - slope).abs().max() < 1e-10 * max(1.0, slope.abs().max().item())
+    assert torch.allclose(info.columns["reward"], rewards, rtol=0, atol=1e-12)
+    assert info.scalars["drift_penalty"] == pytest.approx(penalty.mean().item(), rel=1e-9, abs=1e-15)
+    assert info.scalars["loss"] == pytest.approx((expected - penalty.sum()).item() / 4, rel=1e-9)
+
+
+def test_what_an_update_reports():
+    part = lambda name, weight: Named(name, True, lambda images, b: weight * images.mean((1, 2, 3)))
+    reward = weighted([(part("one", 1.0), 1), (part("two", 3.0), -0.5)])
+    _, info, _ = update(ToyModel(), reward, truncation="3", micro_batch=2)
+    assert list(info.columns) == ["reward", "one", "two"]
+    torch.testing.assert_close(info.columns["reward"], info.columns["one"] - 0.5 * info.columns["two"])
+    assert (info.samples, info.scalars["active_steps"], info.scalars["micro_batch"]) == (6, 3, 2)
+    assert {k for k in info.scalars if "/" in k} == {"step_norm/7", "step_norm/8", "step_norm/9"}
+    rows = {"forward": 2 * 6 * 10, "recompute": 2 * 6 * 3, "backward": 2 * 6 * 3}
+    assert info.calls == {**rows, "decode": 6, "reward": 6}
+
+
+class Late(ToyModel):
+    """Starts at step 4, as an image-to-image model does."""
+
+    def start(self, cond, draw, times):
+        return super().start(cond, draw, times)[0], 4
+
+
+def test_a_chain_that_starts_late_runs_only_its_own_steps():
+    _, info, _ = update(Late(), truncation="full")
+    assert info.scalars["active_steps"] == 6
+    assert info.calls["forward"] == 2 * 6 * 6
+    assert {k for k in info.scalars if "/" in k} == {f"step_norm/{i}" for i in range(4, 10)}
+    with pytest.raises(UserError, match="6 steps run"):
+        update(Late(), truncation=7)
+
+
+def test_losses_in_closed_form_also_at_zero():
+    r = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    assert torch.equal(reward_loss(None, None)(r), -r)
+    for c in (0.0, 0.5):
+        assert torch.equal(reward_loss(c, None)(r), torch.maximum(c - r, torch.zeros_like(r)))
+        assert torch.equal(reward_loss(None, c)(r), (r - c).abs())
 
 
 def gain(model, updates=20, **options):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy import ToyModel, batch, draw, smooth_reward
 
-from tropism.align.rollout import Chain, plain, surrogate, sweep
-from tropism.core import Batch, Draw, Stream
+from tropism.align.rollout import Chain, plain, sample, surrogate, sweep
+from tropism.core import Batch, Draw, Stream, noise
 
 N = 8
 SETS = {
@@ -42,7 +42,24 @@ def drift(model):
     return penalty
 
 
-LOSSES = {"ascend": lambda r: -r, "hinge": lambda r: (0.1 - r).clamp_min(0), "target": lambda r: (r - 0.05).abs()}
+LOSSES = {
+    "ascend": lambda r: -r,
+    "hinge": lambda r: (0.1 - r).clamp_min(0),
+    "target": lambda r: (r - 0.05).abs(),
+    "square": lambda r: (r - 0.3).pow(2),  # a slope that is neither 0 nor 1
+}
+
+
+def by_hand(model, b, guidance=3.0, seed=3, update=0):
+    """The chain as a loop over the process's reverse steps: the states x_0..x_N and each step's predicted clean state."""
+    keyed = lambda stream, step: noise(seed, stream, update, b.index, step, 0, (2, 3, 3))[:, 0].double()
+    times, cond = model.process.times(N).tolist(), model.encode(b)
+    states, clean = [keyed(Stream.PRIOR, 0)], []
+    for i in range(N):
+        clean.append(model.x0(states[i], model.predict(states[i], times[i], cond, guidance), times[i]))
+        kernel = model.process.reverse(states[i], clean[i], times[i], times[i + 1])
+        states.append(kernel.sample(keyed(Stream.TRANSITION, i)))
+    return states, clean
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -59,6 +76,7 @@ def test_sweep_equals_plain_autograd(name, options, eta):
     for loss in LOSSES.values():
         fast, slow = sweep(c, x, loss, parameters), plain(c, x, loss, parameters)
         assert torch.allclose(fast.rewards, slow.rewards, rtol=0, atol=1e-13)
+        assert torch.allclose(fast.losses, slow.losses, rtol=0, atol=1e-13)
         assert torch.allclose(fast.step_losses, slow.step_losses, rtol=0, atol=1e-12)
         scale = max(1.0, flat(slow.gradient).abs().max().item())
         assert (flat(fast.gradient) - flat(slow.gradient)).abs().max() < 1e-12 * scale
@@ -88,12 +106,29 @@ def test_full_chain_gradient_equals_central_differences(prediction, eta):
     assert abs(analytic - numeric) < 1e-6 * abs(numeric)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_samples_are_those_of_the_loop_written_out(eta):
+    """Each step its own time, its own noise and the guidance asked for; from the sampler and from both engines."""
+    model, b = ToyModel(eta=eta), batch()[1:4]
+    with torch.no_grad():
+        states, clean = by_hand(model, b)
+        whole, early = model.decode(states[-1]), model.decode(clean[4])
+    drawn = sample(model, b, Draw(3, 0, b.index), steps=N, guidance=3.0)
+    assert not drawn.requires_grad
+    assert (drawn - whole).abs().max() < 1e-12
+    for engine in (sweep, plain):
+        for stop, expected in ((None, whole), (4, early)):
+            c, x = chain(model, SETS["holes"], b, stop=stop)
+            assert (engine(c, x, LOSSES["ascend"], [model.a]).images - expected).abs().max() < 1e-12
+
+
 def test_pieces_do_not_change_the_gradient():
     model = ToyModel(eta=0.5)
     c, x = chain(model, SETS["holes"], step_loss=drift(model))
     parameters = list(model.trainable().values())
-    whole, pieces = (flat(sweep(c, x, LOSSES["hinge"], parameters, m).gradient) for m in (5, 2))
-    assert (whole - pieces).abs().max() < 1e-13
+    whole, pieces = (sweep(c, x, LOSSES["hinge"], parameters, m) for m in (5, 2))
+    assert (flat(whole.gradient) - flat(pieces.gradient)).abs().max() < 1e-13
+    assert (whole.piece, pieces.piece) == (5, 2)
 
 
 def test_rows_of_a_slice_are_the_same_samples():
@@ -131,8 +166,10 @@ def test_truncated_gradient_is_the_sum_of_the_active_steps():
     )
     c, x = chain(model, SETS["holes"], detach_input=True)
     together = flat(sweep(c, x, lambda r: -r, parameters).gradient)
-    apart = sum(one(i) for i in range(N) if SETS["holes"][i])
-    assert (together - apart).abs().max() < 1e-10
+    apart = {i: one(i) for i in range(N) if SETS["holes"][i]}
+    assert (together - sum(apart.values())).abs().max() < 1e-10
+    norms = sweep(c, x, lambda r: -r, parameters).step_norms
+    assert norms == pytest.approx({i: g.norm().item() for i, g in apart.items()}, rel=1e-9)
 
 
 def test_detached_inputs_give_the_closed_form():
@@ -169,6 +206,27 @@ def test_network_rows_follow_the_closed_form(name, guidance):
     assert rows == {"forward": factor * N, "recompute": factor * active, "backward": factor * active}
 
 
+class Watched(ToyModel):
+    """Remembers of every network call its rows and whether a graph was being built."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def predict(self, x_t, t, cond, guidance):
+        self.seen.append((len(x_t), torch.is_grad_enabled()))
+        return super().predict(x_t, t, cond, guidance)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_only_recomputed_steps_see_a_graph_and_no_call_is_larger_than_a_piece(size):
+    model = Watched()
+    c, x = chain(model, SETS["suffix"])
+    sweep(c, x, lambda r: -r, [model.a], size)
+    pieces = [5] if size is None else [2, 2, 1]
+    assert model.seen == [(n, False) for n in pieces for _ in range(N)] + [(n, True) for _ in range(3) for n in pieces]
+
+
 def test_the_drift_penalty_costs_k_more_rows():
     model = ToyModel()
     c, x = chain(model, SETS["suffix"], step_loss=drift(model))
@@ -189,6 +247,24 @@ def test_a_reward_without_a_graph_is_seen():
     model = ToyModel()
     c, x = chain(model, SETS["last"], reward=lambda s, b: s.detach().mean((1, 2, 3)))
     assert not sweep(c, x, lambda r: -r, [model.a]).has_graph
+
+
+def test_a_graph_must_reach_every_piece():
+    model = ToyModel()
+    some = lambda s, b: (s if b.index[0] < 2 else s.detach()).mean((1, 2, 3))
+    c, x = chain(model, SETS["last"], reward=some)
+    assert sweep(c, x, lambda r: -r, [model.a], 5).has_graph
+    assert not sweep(c, x, lambda r: -r, [model.a], 2).has_graph
+
+
+def test_the_share_of_clamped_values_counts_both_walls():
+    model = ToyModel()
+    model.read = 4 * model.read
+    c, x = chain(model, SETS["last"])
+    swept = sweep(c, x, lambda r: -r, [model.a])
+    low, high = ((swept.images <= 0).double().mean().item(), (swept.images >= 1).double().mean().item())
+    assert min(low, high) > 0.02
+    assert swept.clamped == pytest.approx(low + high, rel=1e-6)
 
 
 def test_sampling_at_terminal_reaches_x0():

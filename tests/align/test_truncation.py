@@ -57,6 +57,18 @@ def test_gaussian_depth():
     assert simulate(T.suffix_gaussian).sum(1).mean() == pytest.approx(50 - (m * law).sum() / law.sum(), abs=0.1)
 
 
+def test_the_gaussian_never_reaches_the_whole_of_a_short_chain():
+    """n = 2: m = 0 has a chance of 3e-4, is drawn again, and leaves the last step alone."""
+    assert set(map(tuple, simulate(T.suffix_gaussian, n=2, draws=40_000).tolist())) == {(False, True)}
+
+
+def test_a_users_policy_must_answer_for_every_step():
+    assert T.active_steps(lambda n, rng: [0, 1, 2], 3, np.random.default_rng(0)) == (False, True, True)
+    for wrong in (2, 4):
+        with pytest.raises(UserError, match=f"{wrong} entries for 3 steps"):
+            T.active_steps(lambda n, rng, wrong=wrong: [True] * wrong, 3, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("k", [1, 3, N])
 def test_fixed(k):
     assert sum(T.active_steps(k, N, np.random.default_rng(0))) == k

@@ -213,10 +213,11 @@ def test_chain_gradient_is_a_central_difference(make):
     assert abs((values[0] - values[1]) / (2 * h) / expected - 1) < 1e-6
 
 
-def test_checkpointing_changes_nothing(make):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_checkpointing_changes_nothing(make, dtype):
     results = []
     for checkpointing in (False, True):
-        model = make(dtype=torch.float64, checkpointing=checkpointing)
+        model = make(dtype=dtype, checkpointing=checkpointing)
         x, cond = begun(model)
         x.requires_grad_()
         with model.base():  # its blocks are recomputed after the adapter is back on

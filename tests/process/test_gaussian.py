@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from tropism.core import Normal, UserError
 from tropism.models.schedule import prediction_of, process
-from tropism.process.gaussian import linear_coefficients
+from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP, linear_coefficients
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
@@ -43,6 +43,16 @@ def ours(scheduler, x, steps, eta, noise):
     for t, s, z in zip(times[:-1], times[1:], noise, strict=True):
         x = chain.reverse(x, chain.x0(x, network(x, t), t, prediction), t, s).sample(z)
     return x
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 20, 30, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_times_are_the_pipelines(spacing, steps, offset):
+    scheduler = DDIMScheduler(**SD, timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    theirs = scheduler.timesteps.clamp(0, 999).double()  # an offset may reach past the table
+    assert torch.equal(process(scheduler.config).times(steps)[:-1], theirs)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -121,3 +131,53 @@ def test_eta_outside(eta):
 def test_steps_outside(steps):
     with pytest.raises(UserError, match=r"1\.\.1000"):
         process(SD).times(steps)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "Leading", ""])
+def test_an_unknown_spacing_is_not_taken_for_another(spacing):
+    with pytest.raises(UserError, match=rf"'{spacing}'.*leading, trailing, linspace.*timestep_spacing"):
+        VP((0.9, 0.5, 0.1), spacing)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "v", ""])
+def test_an_unknown_prediction_is_not_taken_for_another(prediction):
+    x = torch.zeros(1, 2)
+    with pytest.raises(UserError, match=rf"'{prediction}'.*epsilon, v_prediction, sample.*prediction_type"):
+        VP((0.9, 0.5, 0.1)).x0(x, x, 1.0, prediction)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_times_go_down_through_the_table_to_the_terminal(spacing):
+    for steps in (1, 2, 7, 10):
+        times = VP(tuple(0.9**i for i in range(1, 11)), spacing).times(steps)
+        assert times.shape == (steps + 1,)
+        assert (times.diff() < 0).all()
+        assert times[-1] == -1
+        assert 0 <= times[-2] <= times[0] <= 9
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("t", [1.0, torch.tensor([0, 2]), -1.0, torch.tensor([-1, 1])], ids=str)
+def test_x0_undoes_forward(prediction, t):
+    """What a perfect network would say of forward's x_t leads back to x_0, at one time or one a row, also at TERMINAL."""
+    chain = VP((0.9, 0.5, 0.1), final=0.95)
+    x0, eps = torch.randn(2, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = chain.forward(x0, t, eps)
+    bar = torch.tensor([0.9, 0.5, 0.1, 0.95], dtype=torch.float64)[torch.as_tensor(t).long()].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, bar.sqrt() * x0 + (1 - bar).sqrt() * eps)
+    native = {"epsilon": eps, "v_prediction": bar.sqrt() * eps - (1 - bar).sqrt() * x0, "sample": x0}[prediction]
+    torch.testing.assert_close(chain.x0(x_t, native, t, prediction), x0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [1.0, torch.tensor([0, 2])], ids=str)
+def test_tables_never_change_the_precision_of_a_state(dtype, t):
+    chain, x = VP((0.9, 0.5, 0.1), eta=1.0), torch.ones(2, 3, dtype=dtype)
+    assert chain.forward(x, t, torch.ones(2, 3)).dtype == dtype
+    assert all(chain.x0(x, x, t, p).dtype == dtype for p in PREDICTIONS)
+    assert chain.reverse(x, x, 2.0, 0.0).sample(torch.ones(2, 3)).dtype == dtype
+
+
+def test_after_the_last_step_nothing_is_left_to_complete():
+    x, x0, eps = torch.randn(3, 2, 4).unbind(0)
+    assert torch.equal(VP((0.9, 0.5, 0.1)).complete(x, x0, eps), x)

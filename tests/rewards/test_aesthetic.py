@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -45,6 +46,16 @@ def test_bundled_weights_are_found_by_their_shapes(clip, tokenizer, tmp_path, mo
     assert loaded.name == "shapes-aesthetic"
     batch = Batch(["a"] * 4)
     torch.testing.assert_close(loaded(images, batch), Aesthetic(clip, head)(images, batch), rtol=1e-2, atol=1e-2)
+
+
+def test_the_head_is_one_hidden_layer_on_entries_of_unit_size():
+    torch.manual_seed(0)
+    head, seen = Head(48, 8).double(), F.normalize(torch.randn(5, 48, dtype=torch.float64), dim=1)
+    w, b, v, c = (p.detach().numpy() for p in head.parameters())
+    entries = seen.numpy() / np.sqrt((seen.numpy() ** 2).mean(1, keepdims=True))  # root mean square 1
+    hidden = entries @ w.T + b
+    expected = (hidden / (1 + np.exp(-hidden))) @ v[0] + c
+    np.testing.assert_allclose(head(seen).detach().numpy(), expected, rtol=1e-12)
 
 
 def test_prompts_are_not_read(clip, images):

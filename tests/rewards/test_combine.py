@@ -62,6 +62,21 @@ def test_one_part_without_gradient_takes_it_from_all_and_is_named(images):
     assert weighted([(part("smooth"), 1)])(images[:2].requires_grad_(), BATCH).requires_grad
 
 
+def test_parts_make_no_graph_where_none_is_wanted(images):
+    both, x = weighted([(part("a"), 1), (part("b"), 2)]), images[:2].requires_grad_()
+    assert all(v.requires_grad for v in both.parts(x, BATCH).values())
+    with torch.no_grad():
+        assert not any(v.requires_grad for v in both.parts(x, BATCH).values())
+
+
+def test_the_gradient_is_the_weighted_sum_of_the_parts_own(images):
+    a, b = part("a"), part("b", value=lambda x: x.square().sum((1, 2, 3)))
+    x = images[:2].requires_grad_()
+    slope = lambda reward: torch.autograd.grad(reward(x, BATCH).sum(), x)[0]
+    inner = weighted([(a, -3), (b, 0.5)])
+    torch.testing.assert_close(slope(weighted([(inner, -2)])), 6 * slope(a) - slope(b))
+
+
 def test_parts_of_different_precision(images):
     mixed = weighted([(part("a"), 1), (part("b", value=lambda x: x.float().mean((1, 2, 3))), 1)])
     assert mixed(images[:2], BATCH).dtype == torch.float64

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tropism.core import Batch, UserError
-from tropism.rewards.count import Count, Counter, density_target, training_loss
+from tropism.rewards.count import BLOB, Count, Counter, density_target, training_loss
 from tropism.worlds import shapes
 
 
@@ -35,6 +35,17 @@ def test_target_blobs_sum_to_one_each_and_lie_where_the_objects_are():
     one = density_target([torch.tensor([[40.0, 20.0]])])[0, 0]
     assert (one.sum(0) * x).sum() == pytest.approx(40, abs=1e-3)
     assert (one.sum(1) * y).sum() == pytest.approx(20, abs=1e-3)
+    assert (one.sum(0) * (x - 40) ** 2).sum() == pytest.approx(BLOB**2, rel=1e-3)
+    assert (one.sum(1) * (y - 20) ** 2).sum() == pytest.approx(BLOB**2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("missed", "loss"), [(0, 0.0), (1, 1 + 0.5), (2, 2 + 1.5)])
+def test_one_missed_object_costs_one_in_shape_and_its_huber_in_count(missed, loss):
+    """A network that draws the target of the first picture but leaves `missed` far-apart objects out of the second."""
+    centres = torch.tensor([[14.0, 14.0], [50.0, 50.0], [14.0, 50.0]])
+    drawn = lambda images: density_target([centres, centres[missed:]])
+    value = training_loss(drawn, torch.zeros(2, 3, 64, 64), [centres, centres])
+    assert value.item() == pytest.approx(loss / 2, rel=1e-3)
 
 
 def test_the_network_is_small_and_its_density_is_not_negative():

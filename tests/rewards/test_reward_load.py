@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tropism.core import Batch, UserError
+from tropism.rewards.clip import ClipScore
 from tropism.rewards.load import BUILT_IN, load_reward, load_rewards, require_gradient, split
 
 MINE = """
@@ -13,6 +14,11 @@ def black_box(images, batch):
 
 black_box.differentiable = False
 black_box.name = "box"
+
+def undeclared(images, batch):
+    return images.detach().mean((1, 2, 3))
+
+undeclared.differentiable = False
 
 class Kept:
     name, differentiable = "kept", True
@@ -39,6 +45,8 @@ def mine(tmp_path):
         ("jpeg=1e-3", ("jpeg", 1e-3)),
         ("lr=1/mine.py:bright", ("lr=1/mine.py:bright", 1.0)),
         ("lr=1/mine.py:bright=0.5", ("lr=1/mine.py:bright", 0.5)),
+        ("clip:runs/lr=1/clip", ("clip:runs/lr=1/clip", 1.0)),
+        ("mine=2.py:bright", ("mine=2.py:bright", 1.0)),
     ],
 )
 def test_split_at_the_last_equals_sign(text, expected):
@@ -59,6 +67,19 @@ def test_built_in_and_weighted():
     assert not both.differentiable
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_reward_answers_to_its_name(name):
+    assert load_reward(name).name == name
+
+
+def test_a_clip_of_a_folder(clip, tokenizer, tmp_path, images):
+    clip.frozen.module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward, batch = load_reward(f"clip:{tmp_path}"), Batch(["a", "b", "c d", "e"])
+    assert reward.name == f"clip:{tmp_path}"
+    torch.testing.assert_close(reward(images, batch), ClipScore(clip)(images, batch))
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match=r"Did you mean jpeg\?.*shapes-count"):
         load_reward("jpg=2")
@@ -75,7 +96,10 @@ def test_a_users_function(mine, images):
     combined = load_rewards([f"{mine}:bright", f"{mine}:black_box=2"])
     assert combined.name == "bright + 2 box"
     assert combined.blocking == ("box",)
-    assert load_reward(f"{mine}:kept").name == "kept"
+    nameless = load_reward(f"{mine}:undeclared")
+    assert (nameless.name, nameless.differentiable) == ("undeclared", False)
+    kept = load_reward(f"{mine}:kept")
+    assert (kept.name, type(kept).__name__) == ("kept", "Kept"), "a finished reward is used as it is"
 
 
 def test_what_is_not_a_function(mine):
@@ -89,5 +113,5 @@ def test_a_gradient_is_required():
     require_gradient(load_reward("jpeg"), "align alignprop")
     with pytest.raises(UserError, match=r"align alignprop.*jpeg-bytes has none.*--reward jpeg.*svdd.*best-of-n.*ddpo"):
         require_gradient(load_reward("jpeg-bytes"), "align alignprop")
-    with pytest.raises(UserError, match="jpeg-bytes has none"):
+    with pytest.raises(UserError, match="and jpeg-bytes has none"):  # and not the sum as a whole
         require_gradient(load_rewards(["jpeg", "jpeg-bytes=2"]), "align alignprop")

@@ -5,7 +5,7 @@ Aligning Text-to-Image Diffusion Models with Reward Backpropagation, arXiv 2310.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def alignprop(
     target: float | None = None,
     drift: float = 0.0,
     drift_detach: bool = False,
-) -> Iterator[tuple[Tensor, Info]]:
+) -> Generator[tuple[Tensor, Info], None, dict]:
     """One update: sample the whole chain, ascend the reward's own gradient through its active steps. Yields one (loss, Info).
 
     steps: N denoising steps. guidance: w of uncond + w (cond - uncond).

@@ -11,7 +11,7 @@ K recomputed, K backward).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +92,8 @@ def sample(model: Model, batch: Batch, draw: Draw, *, steps: int, guidance: floa
     cond = model.encode(batch, draw)
     times = model.process.times(steps, cond.shape)
     x, first = model.start(cond, draw, times)
-    chain = Chain(model, None, batch, cond, draw, tuple(times.tolist()), guidance, (False,) * steps, first)
+    unscored: Reward = lambda images, batch: images.new_zeros(len(batch))
+    chain = Chain(model, unscored, batch, cond, draw, tuple(times.tolist()), guidance, (False,) * steps, first)
     for i in chain.running:
         x = chain.advance(i, x, chain.predict(i, x))
     return model.decode(model.process.complete(x, x))
@@ -137,7 +138,7 @@ def _slope(loss: Loss, rewards: Tensor) -> Tensor:
         return torch.autograd.grad(loss(r).sum(), r)[0]
 
 
-def _back_through(chain: Chain, i: int, x: Tensor, out: Tensor | None, above: Tensor, parameters: list[Tensor]):
+def _back_through(chain: Chain, i: int, x: Tensor, out: Tensor | None, above: Tensor, parameters: Sequence[Tensor]):
     """Pull the cotangent `above` of step i's result back: (cotangent of x_t, parameter gradients or None, step loss (B,))."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -156,7 +157,7 @@ def _back_through(chain: Chain, i: int, x: Tensor, out: Tensor | None, above: Te
     )
 
 
-def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor], micro_batch: int | None = None) -> Swept:
+def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], micro_batch: int | None = None) -> Swept:
     """The gradient of sum_i loss(r_i) + step losses, by the reverse sweep; x (B, *S) is the chain's start."""
     size, network = min(micro_batch or len(x), len(x)), _Counter(chain.model)
     states, outputs, ends = {}, {}, torch.empty_like(x)
@@ -212,7 +213,7 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor], micro_b
     return result
 
 
-def plain(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor]) -> Swept:
+def plain(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor]) -> Swept:
     """The readable twin of `sweep`: the whole chain as one autograd graph, inactive outputs detached."""
     network, extra = _Counter(chain.model), x.new_zeros(len(x))
     with torch.enable_grad():
@@ -241,7 +242,7 @@ def plain(chain: Chain, x: Tensor, loss: Loss, parameters: list[Tensor]) -> Swep
     )
 
 
-def surrogate(gradient: list[Tensor], parameters: list[Tensor], value: Tensor) -> Tensor:
+def surrogate(gradient: list[Tensor], parameters: Sequence[Tensor], value: Tensor) -> Tensor:
     """A scalar equal to `value` whose backward is exactly `gradient`."""
     return value.detach() + sum(((p - p.detach()) * g).sum() for p, g in zip(parameters, gradient, strict=True))
 

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import UserError
-from tropism.process.gaussian import VP
-
-SPACINGS = ("leading", "trailing", "linspace")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP
 
 
 def _cosine(n: int) -> Tensor:

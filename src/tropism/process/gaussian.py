@@ -16,10 +16,13 @@ from torch import Tensor
 
 from tropism.core import TERMINAL, Normal, UserError
 
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...) with like's dtype and device."""
-    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+def _wide(values: float | Tensor, like: Tensor) -> float | Tensor:
+    """(B,) -> (B, 1, ...) with like's dtype and device; a number stays one."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class VP:
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta is {self.eta}; it must lie in [0, 1] (0: deterministic DDIM, 1: DDPM). Try --eta 0.")
+        if self.spacing not in SPACINGS:
+            raise UserError(
+                f"The spacing of times is {self.spacing!r}, which has no formula here; it must be one of "
+                f"{', '.join(SPACINGS)}. Take the model's own: timestep_spacing in its scheduler_config.json."
+            )
 
     def times(self, steps: int, shape: Sequence[int] | None = None) -> Tensor:
         """(steps + 1,) float64 on the CPU: the pipeline's own times, downwards, then TERMINAL."""
@@ -73,9 +81,8 @@ class VP:
         bar = self.alpha_bar(t)
         return (1 - bar).sqrt() if isinstance(bar, Tensor) else math.sqrt(1 - bar)
 
-    def _schedule(self, t, like: Tensor):
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        return (_wide(alpha, like), _wide(sigma, like)) if isinstance(alpha, Tensor) else (alpha, sigma)
+    def _schedule(self, t: float | Tensor, like: Tensor):
+        return _wide(self.alpha(t), like), _wide(self.sigma(t), like)
 
     def forward(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """x_t (B, *S) from a clean state and standard normals."""
@@ -83,11 +90,18 @@ class VP:
         return alpha_t * x0 + sigma_t * noise.to(x0)
 
     def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor, prediction: str) -> Tensor:
-        """The clean state a native output stands for; prediction is "epsilon", "v_prediction" or "sample". Linear in x_t and out."""
+        """The clean state a native output stands for, linear in x_t and out; UserError for a prediction not in PREDICTIONS."""
         alpha_t, sigma_t = self._schedule(t, x_t)
         if prediction == "epsilon":
             return (x_t - sigma_t * out) / alpha_t
-        return alpha_t * x_t - sigma_t * out if prediction == "v_prediction" else out
+        if prediction == "v_prediction":
+            return alpha_t * x_t - sigma_t * out
+        if prediction == "sample":
+            return out
+        raise UserError(
+            f"The prediction is {prediction!r}, and nobody knows how to get x_0 from that; it must be one of "
+            f"{', '.join(PREDICTIONS)}. Take the model's own: prediction_type in its scheduler_config.json."
+        )
 
     def reverse(self, x_t: Tensor, x0: Tensor, t: float, s: float) -> Normal:
         """p(x_s | x_t) given the predicted x_0: DDIM eq. 12, with eq. 16's sigma scaled by eta."""

@@ -50,7 +50,7 @@ class Clip:
     def images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> unit embeddings (B, width), differentiable."""
         pixels = clip_pixels(images.to(at_least_float32(images)), self.size, self.mean, self.std)
-        return F.normalize(_pooled(self.frozen.like(images).get_image_features(pixel_values=pixels)), dim=-1)
+        return F.normalize(pooled(self.frozen.like(images).get_image_features(pixel_values=pixels)), dim=-1)
 
     def texts(self, prompts: list[str], like: Tensor) -> Tensor:
         """Unit embeddings (B, width) of prompts, without gradient, on `like`'s device and in its precision; cached.
@@ -67,7 +67,7 @@ class Clip:
             tokens = self.tokenizer([prompt], return_tensors="pt")
             self._check_length(prompt, tokens["input_ids"].shape[1])
             tokens = {name: tokens[name].to(like.device) for name in ("input_ids", "attention_mask")}
-            features = _pooled(self.frozen.like(like).get_text_features(**tokens))
+            features = pooled(self.frozen.like(like).get_text_features(**tokens))
             self._texts[key] = F.normalize(features, dim=-1)[0]
         return self._texts[key]
 
@@ -79,7 +79,7 @@ class Clip:
             )
 
 
-def _pooled(features: Any) -> Tensor:
+def pooled(features: Any) -> Tensor:
     """transformers 4 returns the embedding itself, transformers 5 an output that holds it."""
     return features if isinstance(features, Tensor) else features.pooler_output
 

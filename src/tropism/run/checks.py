@@ -55,12 +55,9 @@ def can_learn(info: Info, norm: float, update: int) -> bool:
         return False
     if norm == 0:
         reward = info.columns.get("reward")
-        constant = reward is not None and reward.numel() > 1 and bool((reward == reward.flatten()[0]).all())
-        why = (
-            f"The reward is {reward.flatten()[0].item():.6g} for every sample, so it looks constant"
-            if constant
-            else "The reward ignores the picture, is saturated, or every active step is cut off from the weights"
-        )
+        why = "The reward ignores the picture, is saturated, or every active step is cut off from the weights"
+        if reward is not None and reward.numel() > 1 and bool((reward == reward.flatten()[0]).all()):
+            why = f"The reward is {reward.flatten()[0].item():.6g} for every sample, so it looks constant"
         raise UserError(
             f"Update {update}: the gradient of every trained parameter is exactly zero: this run cannot learn. {why}. "
             f"Choose a reward that changes with the picture (tropism doctor tests one), {_METHODS}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ class Step(Protocol):
 
     def __call__(
         self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
-    ) -> Iterator[tuple[Tensor, Info]]: ...
+    ) -> Generator[tuple[Tensor, Info], None, dict]: ...
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ def named(parameters: Parameters) -> dict[str, dict[str, Tensor]]:
     """Groups of named tensors, every name unique; a flat dict is one group. Raises UserError if there is nothing to
     train.
     """
-    groups = {k: dict(v) for k, v in parameters.items() if isinstance(v, Mapping)} or {"": dict(parameters)}
+    groups = {k: dict(v) for k, v in parameters.items() if isinstance(v, Mapping)}
+    groups = groups or {"": dict(cast(Mapping[str, Tensor], parameters))}
     flat = {f"{g}/{n}".lstrip("/"): p for g, group in groups.items() for n, p in group.items()}
     if not flat:
         raise UserError(
@@ -87,12 +89,15 @@ class Optimiser:
         for p in self.named.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         totals = self._summed(totals) if is_distributed() else totals
-        for p in self.named.values():
-            p.grad.div_(max(totals[0], 1))
+        for g in self._gradients():
+            g.div_(max(totals[0], 1))
         return totals
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.named.values() if p.grad is not None]
+
     def _summed(self, totals: list[float]) -> list[float]:
-        gradients = [p.grad for p in self.named.values()]
+        gradients = self._gradients()
         first = gradients[0]
         flat = torch.cat([g.flatten() for g in gradients] + [first.new_tensor(totals)])
         dist.all_reduce(flat)
@@ -103,7 +108,7 @@ class Optimiser:
 
     def norm(self) -> float:
         """The norm of the mean gradient, before clipping."""
-        return get_total_norm([p.grad for p in self.named.values()]).item()
+        return get_total_norm(self._gradients()).item()
 
     def step(self, norm: float) -> None:
         """Clip by the given norm, step, and let the average follow."""

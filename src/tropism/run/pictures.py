@@ -31,8 +31,8 @@ def picture(image: Tensor, cell: int = CELL) -> Image.Image:
     drawn = Image.fromarray(pixels)
     longest = max(drawn.size)
     if longest > cell:
-        size = tuple(max(1, round(n * cell / longest)) for n in drawn.size)
-        return drawn.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(n * cell / longest)) for n in drawn.size)
+        return drawn.resize((width, height), Image.Resampling.LANCZOS)
     factor = max(1, round(cell / longest))
     return drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.NEAREST)
 

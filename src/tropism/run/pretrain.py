@@ -1,118 +1,30 @@
-"""`tropism pretrain shapes`: the bundled networks, trained from nothing on two CPU cores in about two hours.
+"""`tropism pretrain shapes`: the bundled generator, trained from nothing on two CPU cores: the VAE, then U-Net and text encoder.
 
-Stages: the VAE, the U-Net with its text encoder, and the three reward networks. Every stage checkpoints into OUT/.train and
-goes on where it stopped; the finished model is an ordinary diffusers folder in OUT/model, the rewards lie in OUT/rewards.
+Every stage checkpoints into OUT/.train and goes on where it stopped; the finished model is an ordinary diffusers folder in
+OUT/model, and `pretrain_rewards` adds the reward networks beside it.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tropism.run import pictures as drawings
+from tropism.run.pretrain_loop import Lengths, drawn, rows_of, train
 from tropism.worlds import shapes
-
-
-def train(
-    name: str,
-    network: nn.Module,
-    loss: Callable[[int], Tensor],
-    folder: Path,
-    *,
-    updates: int,
-    lr: float,
-    ema: float = 0.0,
-    every: int = 100,
-) -> nn.Module:
-    """AdamW with warm-up and cosine decay on `loss(update) -> scalar`, resumable; returns the network with EMA weights if asked."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    average = [p.detach().clone() for p in parameters]
-    file, start = folder / f"{name}.safetensors", 0
-    if file.exists():
-        start = _restore(file, parameters, average, optimiser)
-    began, total = time.time(), 0.0
-    for i in range(start, updates):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, (i + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / updates)))
-        value = loss(i)
-        optimiser.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        rate = min(ema, (i + 1) / (i + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - rate)
-        total += value.item()
-        if (i + 1) % every == 0 or i + 1 == updates:
-            _store(file, parameters, average, optimiser, i + 1)
-            seconds = (time.time() - began) / (i + 1 - start)
-            Console(soft_wrap=True, highlight=False).print(
-                f"{name} {i + 1}/{updates}  loss {total / ((i % every) + 1):.4f}  {seconds:.2f} s/update  "
-                f"{seconds * (updates - i - 1) / 60:.0f} min left"
-            )
-            total = 0.0
-    with torch.no_grad():
-        for p, a in zip(parameters, average, strict=True):
-            p.copy_(a if ema else p)
-    return network
-
-
-def _store(file: Path, parameters, average, optimiser, update: int):
-    tensors = {}
-    for k, (p, a) in enumerate(zip(parameters, average, strict=True)):
-        state = optimiser.state[p]
-        tensors |= {f"p{k}": p.detach(), f"a{k}": a, f"m{k}": state["exp_avg"], f"v{k}": state["exp_avg_sq"]}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file.with_suffix(".tmp"), metadata={"update": str(update)})
-    file.with_suffix(".tmp").replace(file)
-
-
-def _restore(file: Path, parameters, average, optimiser) -> int:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as f:
-        update = int(f.metadata()["update"])
-        with torch.no_grad():
-            for k, (p, a) in enumerate(zip(parameters, average, strict=True)):
-                p.copy_(f.get_tensor(f"p{k}"))
-                a.copy_(f.get_tensor(f"a{k}"))
-                optimiser.state[p] = {
-                    "step": torch.tensor(float(update)),
-                    "exp_avg": f.get_tensor(f"m{k}"),
-                    "exp_avg_sq": f.get_tensor(f"v{k}"),
-                }
-    return update
-
-
-def drawn(folder: Path, n: int, seed: int) -> tuple[Tensor, list[shapes.Scene]]:
-    """n pictures of training scenes as uint8 (n, 3, 64, 64), cached in `folder`, and their scenes."""
-    pool = shapes.scenes(held_out=False)
-    order = np.random.default_rng([seed, 1]).integers(len(pool), size=n)
-    chosen, file = [pool[i] for i in order], folder / f"drawn-{seed}-{n}.safetensors"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"pictures": (shapes.pictures(chosen, seed) * 255).round().byte().contiguous()}, file)
-    return load_file(file)["pictures"], chosen
-
-
-def rows_of(n: int, size: int, stream: int, update: int) -> tuple[Tensor, np.random.Generator]:
-    rng = np.random.default_rng([stream, update])
-    return torch.from_numpy(rng.integers(n, size=size)), rng
 
 
 def _grounds(chosen: list[shapes.Scene]) -> Tensor:
     """The background colours (n, 3, 1, 1) in [0, 1] of scenes."""
-    return torch.tensor([shapes.BACKGROUNDS[s.background] for s in chosen]).float()[:, :, None, None] / 255
+    return torch.tensor([shapes.BACKGROUNDS[str(s.background)] for s in chosen]).float()[:, :, None, None] / 255
 
 
 def _objects(pictures: Tensor, ground: Tensor) -> Tensor:
@@ -123,10 +35,11 @@ def _objects(pictures: Tensor, ground: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- VAE
 
 
-def new_vae():
-    from diffusers import AutoencoderKL
+def new_vae() -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return AutoencoderKL(
+    make: Any = AutoencoderKL  # its annotations are too narrow
+    return make(
         in_channels=3,
         out_channels=3,
         down_block_types=["DownEncoderBlock2D"] * 3,
@@ -141,11 +54,11 @@ def new_vae():
     )
 
 
-def train_vae(folder: Path, updates: int, batch: int = 16):
+def train_vae(folder: Path, updates: int, n: int, batch: int = 16):
     """AutoencoderKL at 16x16x4, reconstruction L1 + L2 with objects weighted five times, a light KL term."""
     torch.manual_seed(0)
     vae = new_vae()
-    pictures, chosen = drawn(folder, 16_000, 1)
+    pictures, chosen = drawn(folder, n, 1)
     grounds = _grounds(chosen)
 
     def loss(update: int) -> Tensor:
@@ -162,7 +75,13 @@ def train_vae(folder: Path, updates: int, batch: int = 16):
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         return (weight * (error.abs() + 2 * error**2)).mean() + 3e-4 * kl
 
-    return train("vae", vae, loss, folder, updates=updates, lr=2e-3, ema=0.995, every=50)
+    def samples() -> Image:
+        x = pictures[:16].float() / 255
+        again = (vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+        cells = list(zip(x, again, strict=True))
+        return drawings.grid(cells, [s.prompt for s in chosen[:16]], [""] * 16, heads=("picture", "through the VAE"))
+
+    return train("vae", vae, loss, folder, updates=updates, lr=2e-3, ema=0.995, every=50, samples=samples)
 
 
 # ---------------------------------------------------------------------------------------------------- text and U-Net
@@ -209,7 +128,7 @@ def new_text_encoder(tokenizer, width: int = 96):
 
 
 def new_unet(width: int = 96):
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=shapes.SIZE // 4,
@@ -226,7 +145,7 @@ def new_unet(width: int = 96):
 
 
 def new_scheduler():
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
         beta_start=0.00085,
@@ -256,7 +175,7 @@ def encoded(folder: Path, vae, n: int, seed: int) -> tuple[Tensor, list[shapes.S
     return load_file(file)["latents"], chosen
 
 
-def train_denoiser(folder: Path, vae, updates: int, batch: int = 64, n: int = 24_000):
+def train_denoiser(folder: Path, vae, updates: int, n: int, batch: int = 64):
     """The U-Net and its text encoder together: v-prediction at uniform times, prompts dropped one time in ten.
 
     Latents on and beside objects weigh four times: most of the loss is texture that nobody can predict.
@@ -284,16 +203,24 @@ def train_denoiser(folder: Path, vae, updates: int, batch: int = 64, n: int = 24
         weight = 1 + 3 * F.max_pool2d(F.max_pool2d(objects, 4), 3, 1, 1)
         return (weight / weight.mean() * (v.float() - (alpha * noise - sigma * x0)) ** 2).mean()
 
-    train("denoiser", both, loss, folder, updates=updates, lr=2e-3, ema=0.999, every=100)
     vae.register_to_config(scaling_factor=scale)
+    pipe, prompts = _pipeline(vae, both, tokenizer), [s.prompt for s in shapes.scenes(held_out=True)][::9][:20]
+    pipe.set_progress_bar_config(disable=True)
+
+    def samples() -> Image:
+        generator = torch.Generator().manual_seed(0)
+        found = pipe(prompts, num_inference_steps=8, guidance_scale=2.0, generator=generator, output_type="pt").images
+        return drawings.grid([[x] for x in found], prompts, [""] * len(prompts))
+
+    train("denoiser", both, loss, folder, updates=updates, lr=2e-3, ema=0.999, every=100, samples=samples)
     return both, tokenizer
 
 
-def assemble(out: Path, vae, both, tokenizer):
-    """Write the ordinary diffusers folder, float16 safetensors."""
-    from diffusers import StableDiffusionPipeline
+def _pipeline(vae, both, tokenizer) -> Any:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    make: Any = StableDiffusionPipeline  # its annotations are too narrow
+    return make(
         vae=vae,
         unet=both["unet"],
         text_encoder=both["text"],
@@ -303,14 +230,19 @@ def assemble(out: Path, vae, both, tokenizer):
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def assemble(out: Path, vae, both, tokenizer):
+    """Write the ordinary diffusers folder, float16 safetensors."""
+    pipe = _pipeline(vae, both, tokenizer)
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     pipe.to(torch.float32)
 
 
-def shapes_world(out: Path, vae_updates: int = 2400, updates: int = 8000) -> tuple:
+def shapes_world(out: Path, lengths: Lengths) -> tuple:
     """Train VAE, U-Net and text encoder, and write OUT/model. Returns (vae, tokenizer) for the rewards to come."""
     folder = out / ".train"
-    vae = train_vae(folder, vae_updates)
-    both, tokenizer = train_denoiser(folder, vae, updates)
+    vae = train_vae(folder, lengths.vae, 2 * lengths.pictures // 3)
+    both, tokenizer = train_denoiser(folder, vae, lengths.denoiser, lengths.pictures)
     assemble(out / "model", vae, both, tokenizer)
     return vae, tokenizer

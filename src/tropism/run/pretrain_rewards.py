@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism.rewards.aesthetic import Head, bradley_terry_loss
-from tropism.rewards.clip import MEAN, STD, clip_pixels
+from tropism.rewards.clip import MEAN, STD, clip_pixels, pooled
 from tropism.rewards.count import Counter, training_loss
-from tropism.run.pretrain import drawn, rows_of, tokens, train
+from tropism.run.pretrain import tokens
+from tropism.run.pretrain_loop import Lengths, another, drawn, rows_of, train
 from tropism.worlds import shapes, taste
 
 
 @torch.no_grad()
-def reconstructed(folder: Path, vae, n: int, seed: int) -> tuple[Tensor, list[shapes.Scene]]:
-    """n pictures, every second one through the VAE, uint8 (n, 3, 64, 64), cached: rewards must know what decoded pictures look like."""
-    pictures, chosen = drawn(folder, n, seed)
-    file = folder / f"reconstructed-{seed}-{n}.safetensors"
+def reconstructed(folder: Path, vae, n: int, seed: int, **kind) -> tuple[Tensor, list[shapes.Scene]]:
+    """`drawn`, every second picture through the VAE: rewards must know what decoded pictures look like."""
+    pictures, chosen = drawn(folder, n, seed, **kind)
+    file = folder / f"reconstructed-{seed}-{n}{'-changed' if kind.get('changed') else ''}.safetensors"
     if not file.exists():
         x = 2 * pictures[::2].float() / 255 - 1
         y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(100)])
@@ -38,7 +39,7 @@ def _shown(pictures: Tensor, rows: Tensor, rng: np.random.Generator) -> Tensor:
     return (x + level * torch.from_numpy(rng.standard_normal(x.shape, np.float32))).clamp(0, 1)
 
 
-def train_counter(folder: Path, vae, updates: int = 1500, batch: int = 32, n: int = 8_000) -> Counter:
+def train_counter(folder: Path, vae, updates: int, n: int, batch: int = 32) -> Counter:
     """The density counter on pictures and reconstructions."""
     torch.manual_seed(2)
     pictures, chosen = reconstructed(folder, vae, n, 3)
@@ -77,47 +78,49 @@ def new_clip(tokenizer):
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def _near_misses(scene: shapes.Scene, rng: np.random.Generator) -> list[str]:
-    """Four training prompts that differ from the scene in one attribute each."""
-    values = {
-        "count": range(1, len(shapes.COUNTS) + 1),
-        "shape": shapes.SHAPES,
-        "colour": tuple(shapes.COLOURS),
-        "background": tuple(shapes.BACKGROUNDS),
-    }
-    misses = []
-    for attribute, choices in values.items():
-        others = [shapes.Scene(**{**scene.__dict__, attribute: c}) for c in choices if c != getattr(scene, attribute)]
-        others = [s for s in others if not s.held_out] or others
-        misses.append(others[rng.integers(len(others))].prompt)
-    return misses
+def _spoiled(x: Tensor, twins: Tensor, rng: np.random.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) that no caption fits any more: half of them on the way to a twin, a quarter faded, a quarter blurred."""
+    random = lambda *shape: torch.from_numpy(rng.random(shape, np.float32))
+    kind, strength = random(len(x), 1, 1, 1), random(len(x), 1, 1, 1)
+    between = torch.lerp(x, twins, 0.25 + 0.5 * strength)
+    faded = torch.lerp(x, random(len(x), 3, 1, 1).expand_as(x), 0.15 + 0.45 * strength)
+    blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    return torch.where(kind < 0.5, between, torch.where(kind < 0.75, faded, blurred))
 
 
-def train_clip(folder: Path, vae, tokenizer, updates: int = 2200, batch: int = 64, n: int = 24_000):
-    """CLIP's symmetric contrastive loss, with four near misses a picture among the wrong texts."""
+def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 64):
+    """CLIP's symmetric contrastive loss, with four near misses a picture among the wrong texts and spoiled pictures among the wrong
+    pictures: without them the score does not notice fading colours or half-made shapes. Half of a batch has `changed` twins.
+    """
     torch.manual_seed(3)
     clip = new_clip(tokenizer)
-    pictures, chosen = reconstructed(folder, vae, n, 2)
+    parts = [reconstructed(folder, vae, n, 2), reconstructed(folder, vae, n // 4, 5, texture="flat")]
+    pictures, chosen = torch.cat([p for p, _ in parts]), [s for _, scenes in parts for s in scenes]
+    paired, described = reconstructed(folder, vae, n // 3, 6)
+    twins, _ = reconstructed(folder, vae, n // 3, 6, changed=True)
 
     def loss(update: int) -> Tensor:
-        rows, rng = rows_of(n, batch, 14, update)
-        scenes = [chosen[i] for i in rows]
+        rows, rng = rows_of(len(chosen), batch // 2, 14, update)
+        twinned = torch.from_numpy(rng.integers(len(described), size=batch // 2))
+        scenes = [described[i] for i in twinned] + [chosen[i] for i in rows]
         prompts = [s.prompt for s in scenes]
-        prompts += [miss for s in scenes for miss in _near_misses(s, rng)]
-        x = clip_pixels(_shown(pictures, rows, rng), shapes.SIZE, MEAN, STD)
+        prompts += [another(s, a, rng).prompt for s in scenes for a in ("count", "shape", "colour", "background")]
+        x = torch.cat([_shown(paired, twinned, rng), _shown(pictures, rows, rng)])
+        spoiled = _spoiled(x[: batch // 2], twins[twinned].float() / 255, rng)
+        x = clip_pixels(torch.cat([x, spoiled]), shapes.SIZE, MEAN, STD)
         x = x.flip(3) if rng.random() < 0.5 else x
         with torch.autocast("cpu", torch.bfloat16):
-            seen = clip.get_image_features(pixel_values=x).pooler_output.float()
-            read = clip.get_text_features(input_ids=tokens(tokenizer, prompts)).pooler_output.float()
+            seen = pooled(clip.get_image_features(pixel_values=x)).float()
+            read = pooled(clip.get_text_features(input_ids=tokens(tokenizer, prompts))).float()
         seen, read = F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
         logits = clip.logit_scale.exp() * seen @ read.T
         # the same prompt may stand twice in a batch: that is no wrong answer
-        same = torch.tensor([[a == b for b in prompts] for a in prompts[: len(rows)]]) & ~torch.eye(
-            len(rows), len(prompts), dtype=torch.bool
+        same = torch.tensor([[a == b for b in prompts] for a in prompts[:batch]]) & ~torch.eye(
+            batch, len(prompts), dtype=torch.bool
         )
-        logits = logits.masked_fill(same, -1e4)
-        answer = torch.arange(len(rows))
-        return 0.5 * (F.cross_entropy(logits, answer) + F.cross_entropy(logits[:, : len(rows)].T, answer))
+        logits[:batch] = logits[:batch].masked_fill(same, -1e4)
+        answer = torch.arange(batch)
+        return 0.5 * (F.cross_entropy(logits[:batch], answer) + F.cross_entropy(logits[:, :batch].T, answer))
 
     return train("clip", clip, loss, folder, updates=updates, lr=1.5e-3, ema=0.995)
 
@@ -125,10 +128,10 @@ def train_clip(folder: Path, vae, tokenizer, updates: int = 2200, batch: int = 6
 @torch.no_grad()
 def _embeddings(clip, pictures: Tensor) -> Tensor:
     parts = [clip_pixels(p.float() / 255, shapes.SIZE, MEAN, STD) for p in pictures.split(200)]
-    return torch.cat([F.normalize(clip.get_image_features(pixel_values=p).pooler_output, dim=-1) for p in parts])
+    return torch.cat([F.normalize(pooled(clip.get_image_features(pixel_values=p)), dim=-1) for p in parts])
 
 
-def train_aesthetic(folder: Path, vae, clip, updates: int = 1500, votes: int = 20_000, n: int = 8_000) -> Head:
+def train_aesthetic(folder: Path, vae, clip, updates: int, n: int, votes: int = 20_000) -> Head:
     """The preference head, from one noisy vote a pair; it never sees the rule."""
     torch.manual_seed(4)
     pictures, _ = reconstructed(folder, vae, n, 3)
@@ -157,9 +160,9 @@ def save_rewards(out: Path, counter: Counter, clip, tokenizer, head: nn.Module):
     tokenizer.save_pretrained(out / "clip")
 
 
-def shapes_rewards(out: Path, vae, tokenizer, counter_updates: int = 1500, clip_updates: int = 2200) -> None:
+def shapes_rewards(out: Path, vae, tokenizer, lengths: Lengths) -> None:
     """Train the three reward networks and write them beside OUT/model."""
-    folder = out / ".train"
-    counter = train_counter(folder, vae, counter_updates)
-    clip = train_clip(folder, vae, tokenizer, clip_updates)
-    save_rewards(out, counter, clip, tokenizer, train_aesthetic(folder, vae, clip))
+    folder, n = out / ".train", lengths.pictures
+    counter = train_counter(folder, vae, lengths.counter, n // 3)
+    clip = train_clip(folder, vae, tokenizer, lengths.clip, n)
+    save_rewards(out, counter, clip, tokenizer, train_aesthetic(folder, vae, clip, lengths.head, n // 3))

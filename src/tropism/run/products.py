@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tropism.core import Model, Reward, name_of
 from tropism.models import lora
 from tropism.models.lora import LoraSettings
+from tropism.models.stable_diffusion import StableDiffusion
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure
@@ -66,7 +68,7 @@ class Judge:
             batch_size=batch,
         )
         self._before: Evaluation | None = None
-        self.after: Evaluation | None = None
+        self._after: Evaluation | None = None
 
     @property
     def before(self) -> Evaluation:
@@ -78,13 +80,19 @@ class Judge:
             )
         return self._before
 
+    @property
+    def after(self) -> Evaluation:
+        if self._after is None:  # a finished run, resumed
+            self._after = self.measure(base=self.before.images)
+        return self._after
+
     def __call__(self, update: int) -> dict[str, float]:
         if update == 0:
-            self._before = self.after = self.measure()
+            self._before = self._after = self.measure()
             self._keep(self._before)
         else:
-            self.after = self.measure(base=self.before.images)
-        return self.after.numbers()
+            self._after = self.measure(base=self.before.images)
+        return self._after.numbers()
 
     def _keep(self, found: Evaluation):
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +123,11 @@ class Products:
     difference: float | None = None
 
     def write(self):
-        if self.judge.after is None:
-            self.judge(-1)
+        before, after = self.judge.before, self.judge.after
         if isinstance(getattr(self.model, "lora", None), LoraSettings):
-            lora.save(self.model, self.out / "lora")
-            self.difference = lora.verify(self.model, self.out / "lora", prompts=self.judge.prompts[:2])
+            model = cast(StableDiffusion, self.model)
+            lora.save(model, self.out / "lora")
+            self.difference = lora.verify(model, self.out / "lora", prompts=self.judge.prompts[:2])
         else:
             self.out.joinpath("weights").mkdir(exist_ok=True)
             save_file(
@@ -137,14 +145,14 @@ class Products:
             command=self.command,
             config=self.config,
             environment=self.recorder.environment,
-            before=self.judge.before,
-            after=self.judge.after,
+            before=before,
+            after=after,
             lines=self.recorder.lines(),
             limits=self._limits(),
         )
         report.write(self.out, done)
         card.write(self.out, done)
-        self.recorder.say(self._summary(report.rows(self.judge.before, self.judge.after)))
+        self.recorder.say(self._summary(report.rows(before, after)))
 
     def _limits(self) -> list[str]:
         n = len(self.judge.prompts)

@@ -87,7 +87,8 @@ def _notes(evaluation: Evaluation) -> list[str]:
 def save_pictures(out: Path, run: Finished, most: int = 24) -> None:
     """before.png, after.png, before_after.png (at most `most` prompts, evenly chosen) and reward.png."""
     chosen = spread(len(run.before.prompts), most)
-    prompts, before, after = [[x[i] for i in chosen] for x in (run.before.prompts, run.before.images, run.after.images)]
+    prompts = [run.before.prompts[i] for i in chosen]
+    before, after = [[e.images[i] for i in chosen] for e in (run.before, run.after)]
     first, second = [[_notes(e)[i] for i in chosen] for e in (run.before, run.after)]
     pictures.grid([[i] for i in before], prompts, first).save(out / "before.png")
     pictures.grid([[i] for i in after], prompts, second).save(out / "after.png")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from itertools import product
+from typing import cast
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class Scene:
 
     @property
     def prompt(self) -> str:
+        assert self.count is not None
         plural = "" if self.count == 1 else "es" if self.shape == "cross" else "s"
         return f"{COUNTS[self.count - 1]} {self.colour} {self.shape}{plural} on {self.background}"
 
@@ -156,6 +158,7 @@ def compose(scene: Scene, rng: np.random.Generator, texture: str | None = None) 
 
     `texture` is one of TEXTURES, "flat", or None for a random one.
     """
+    assert scene.count and scene.shape and scene.colour and scene.background, "a scene that could not be read"
     texture = texture or TEXTURES[rng.integers(len(TEXTURES))]
     picture = np.broadcast_to(np.array(BACKGROUNDS[scene.background], float), (SIZE, SIZE, 3))
     picture = picture if texture == "flat" else picture + _texture(texture, rng)
@@ -218,7 +221,7 @@ def _read_shape(alpha: np.ndarray) -> str | None:
         return None
     seen = _silhouette(alpha)
     score = {s: max(np.minimum(seen, t).sum() / np.maximum(seen, t).sum() for t in ts) for s, ts in _TEMPLATES.items()}
-    first, second = sorted(score, key=score.get, reverse=True)[:2]
+    first, second = sorted(score, key=score.__getitem__, reverse=True)[:2]
     return first if score[first] > 0.66 and score[first] - score[second] > 0.02 else None
 
 
@@ -241,7 +244,7 @@ def _is_texture(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> boo
     inside = pixels[blob]
     strongest = inside[np.linalg.norm(inside - ground, axis=-1).argmax()]
     nearest = _OBJECT[np.linalg.norm(_OBJECT - strongest, axis=-1).argmin()]
-    return blob.sum() < 40 and np.linalg.norm(strongest - ground) < 0.75 * np.linalg.norm(nearest - ground)
+    return bool(blob.sum() < 40 and np.linalg.norm(strongest - ground) < 0.75 * np.linalg.norm(nearest - ground))
 
 
 def _read_background(pixels: np.ndarray) -> int | None:
@@ -269,7 +272,7 @@ def read_one(pixels: np.ndarray) -> Scene:
     if index is None:
         return Scene(None, None, None, None)
     ground = _GROUND[index]
-    labels, n = ndimage.label(np.linalg.norm(pixels - ground, axis=-1) > 62)
+    labels, n = cast(tuple[np.ndarray, int], ndimage.label(np.linalg.norm(pixels - ground, axis=-1) > 62))
     blobs = [labels == k for k in range(1, n + 1) if (labels == k).sum() >= 8]
     blobs = [b for b in blobs if not _is_texture(pixels, b, ground)]
     parts = [_read_component(pixels, b, ground) for b in blobs]
