@@ -102,9 +102,11 @@ def _holding(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator
     """Other values in the parameters, without a graph, inside."""
     own = [p.detach().clone() for p in parameters]
     _fill(parameters, values)
-    with torch.no_grad():
-        yield
-    _fill(parameters, own)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _fill(parameters, own)
 
 
 def _store(file: Path, parameters, average, optimiser, update: int):
@@ -135,6 +137,11 @@ def _restore(file: Path, parameters, average, optimiser) -> int:
     return update
 
 
+def cache(folder: Path, what: str, n: int, seed: int, texture: str | None = None, changed: bool = False) -> Path:
+    """Where n pictures of a kind are kept."""
+    return folder / f"{what}-{seed}-{n}{f'-{texture}' if texture else ''}{'-changed' if changed else ''}.safetensors"
+
+
 def drawn(
     folder: Path, n: int, seed: int, texture: str | None = None, changed: bool = False
 ) -> tuple[Tensor, list[shapes.Scene]]:
@@ -147,7 +154,7 @@ def drawn(
     chosen = [pool[i] for i in rng.integers(len(pool), size=n)]
     if changed:
         chosen = [another(s, ("shape", "shape", "colour", "background")[rng.integers(4)], rng) for s in chosen]
-    file = folder / f"drawn-{seed}-{n}{'-changed' if changed else ''}.safetensors"
+    file = cache(folder, "drawn", n, seed, texture, changed)
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         pictures = (shapes.pictures(chosen, seed, texture) * 255).round().byte()

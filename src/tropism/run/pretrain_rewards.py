@@ -14,7 +14,7 @@ from tropism.rewards.aesthetic import Head, bradley_terry_loss
 from tropism.rewards.clip import MEAN, STD, clip_pixels, pooled
 from tropism.rewards.count import Counter, training_loss
 from tropism.run.pretrain import tokens
-from tropism.run.pretrain_loop import Lengths, another, drawn, rows_of, train
+from tropism.run.pretrain_loop import Lengths, another, cache, drawn, rows_of, train
 from tropism.worlds import shapes, taste
 
 
@@ -22,7 +22,7 @@ from tropism.worlds import shapes, taste
 def reconstructed(folder: Path, vae, n: int, seed: int, **kind) -> tuple[Tensor, list[shapes.Scene]]:
     """`drawn`, every second picture through the VAE: rewards must know what decoded pictures look like."""
     pictures, chosen = drawn(folder, n, seed, **kind)
-    file = folder / f"reconstructed-{seed}-{n}{'-changed' if kind.get('changed') else ''}.safetensors"
+    file = cache(folder, "reconstructed", n, seed, **kind)
     if not file.exists():
         x = 2 * pictures[::2].float() / 255 - 1
         y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(100)])
