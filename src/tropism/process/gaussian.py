@@ -31,6 +31,8 @@ class VP:
 
     alpha_bars: the table (n,) as Python floats, looked up at the integer time, never interpolated.
     spacing: "leading" (with `offset`), "trailing" or "linspace", as the model's own pipeline spaces its times.
+    A step goes to the time that follows in the grid. diffusers' DDIM goes to t - n // steps instead, which is the same except for
+    "linspace", and for "trailing" when `steps` does not divide n.
     final: alpha-bar at TERMINAL; 1 for DDPM, the scheduler's own for DDIM (SD 1.5: alpha_bars[0]).
     Source: Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16.
     """
