@@ -141,6 +141,12 @@ def test_mixing_two_runs(folder, mine):
     assert ranks == {8}
 
 
+def test_mixing_into_what_is_no_pipeline(mine):
+    (mine / "own.py").write_text("from toy import ToyModel\nclass Own(ToyModel):\n    latents = None\n")
+    with pytest.raises(UserError, match="not a Stable Diffusion pipeline"):
+        commands.mix([f"{mine}/one"], out=mine / "mixed", model=f"{mine}/own.py:Own")
+
+
 @pytest.mark.parametrize(
     ("reward", "says"),
     [

@@ -43,6 +43,7 @@ HELP = {
     "weight_decay": "Weight decay of AdamW.",
     "clip": "Largest gradient norm, 0 is off.",
     "ema": "Decay of an average of the adapter, 0 is off.",
+    "schedule": "Learning rate over the run: constant, linear or cosine (down to 0).",
     "rank": "LoRA rank.",
     "alpha": "LoRA alpha (default: the rank).",
     "targets": "LoRA target modules, repeatable.",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from tropism.rewards.load import load_rewards, require_gradient
 from tropism.run import report
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
+from tropism.run.optimiser import schedule_of
 from tropism.run.products import Judge, Products
 from tropism.run.prompts import Prompt, batch_of, own_rows, train_and_held_out
 from tropism.run.record import Recorder
@@ -117,6 +118,7 @@ def align(
     weight_decay: float = 1e-4,
     clip: float = 1.0,
     ema: float = 0.0,
+    schedule: str = "constant",
     micro_batch: int | None = None,
     rank: int = 4,
     alpha: float | None = None,
@@ -155,6 +157,7 @@ def align(
         if k not in ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
     }
     place, precision = set_up(device, dtype, threads)
+    schedule_of(schedule)
     hyper = _resolved(method, model, options or {})
     reward_ = _reward(reward)
     require_gradient(reward_, f"align {method}")
@@ -189,6 +192,7 @@ def align(
             weight_decay=weight_decay,
             clip=clip,
             ema=ema,
+            schedule=schedule,
             seed=seed,
             micro_batch=micro_batch,
             checkpoint_every=checkpoint_every,
@@ -283,7 +287,9 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
             parts[_adapter(folder or weight)] = float(weight) if folder else 1.0
         except ValueError as error:
             raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
-    loaded = cast(StableDiffusion, load_model(model))
+    loaded = load_model(model)
+    if not isinstance(loaded, StableDiffusion):
+        raise UserError(f"{model} is not a Stable Diffusion pipeline, and only their adapters can be mixed.")
     mixing.mix(loaded, parts)
     return lora.save(loaded, out)
 

@@ -46,6 +46,15 @@ def test_score_is_that_of_transformers(clip, tokenizer):
     assert theirs.std() > 0.02, "the comparison would prove nothing"
 
 
+def test_a_contrast_is_the_log_probability_among_rivals(clip, images):
+    """log softmax by hand over the prompt and its rivals, at CLIP's own scale."""
+    x, scale = images.double(), 30.0
+    ours = ClipScore(clip, contrast=lambda prompt: [p for p in PROMPTS if p != prompt], scale=scale)(x, Batch(PROMPTS))
+    cosines = torch.stack([ClipScore(clip)(x, Batch([p] * len(x))) for p in PROMPTS], 1)
+    torch.testing.assert_close(ours, (scale * cosines).log_softmax(1).diagonal(), rtol=0, atol=1e-9)
+    assert ours.max() < 0 and ours.std() > 0.02
+
+
 def test_prompts_matter_and_are_computed_once(clip, images):
     calls = []
     features = clip.frozen.module.get_text_features

@@ -257,9 +257,17 @@ def test_accumulation_and_mean_gradient():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
 
 
-def test_equals_a_plain_adamw_loop_with_clipping(tmp_path):
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("linear", [1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [1, 0.9045085, 0.6545085, 0.3454915, 0.0954915]),
+    ],
+)
+def test_equals_a_plain_adamw_loop_with_clipping(tmp_path, schedule, factors):
     weights, twin = trainee.parameters(), trainee.parameters()
-    run(tmp_path / "run", trainee.quadratic(weights), weights, 5, lr=0.05, clip=0.5, seed=3, weight_decay=0.01)
+    run(tmp_path / "run", trainee.quadratic(weights), weights, 5, lr=0.05, clip=0.5, seed=3, weight_decay=0.01, schedule=schedule)
     adam = torch.optim.AdamW(list(twin.values()), lr=0.05, weight_decay=0.01)
     for update in range(5):
         adam.zero_grad()
@@ -268,6 +276,7 @@ def test_equals_a_plain_adamw_loop_with_clipping(tmp_path):
         )
         (loss / 8).backward()
         assert torch.nn.utils.clip_grad_norm_(list(twin.values()), 0.5) > 0.5
+        adam.param_groups[0]["lr"] = 0.05 * factors[update]
         adam.step()
     for name in weights:
         torch.testing.assert_close(weights[name], twin[name], rtol=1e-6, atol=1e-7)
@@ -323,6 +332,11 @@ def test_groups_with_their_own_rates(tmp_path):
     torch.testing.assert_close(
         (weights["second"] - start["second"]).abs(), torch.full((4, 4), 0.1), rtol=1e-3, atol=1e-4
     )
+
+
+def test_unknown_schedule(tmp_path):
+    with pytest.raises(UserError, match=r"no schedule 'cosinus'.*constant, linear, cosine"):
+        run(tmp_path / "run", None, trainee.parameters(), schedule="cosinus")
 
 
 def test_half_precision_weights_are_refused(tmp_path):

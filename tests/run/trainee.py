@@ -113,14 +113,14 @@ def fuzz(folder: Path, kills: int, updates: int = 30) -> dict:
     """
     run(folder / "warm", updates, every=2)  # torch's lazy imports, before the clock and before the first fork
     began = time.monotonic()
-    run(folder / "whole", updates, pause=0.01, every=2)
+    run(folder / "whole", updates, pause=0.01, every=2, schedule="cosine")
     length, rng = time.monotonic() - began, random.Random(1)
     hit, started, finished = 0, [], []
     while hit < kills or not finished:
         child = os.fork()
         if child == 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the child ends with it
-            _, result = run(folder / "killed", updates, resume=True, pause=0.01, every=2)
+            _, result = run(folder / "killed", updates, resume=True, pause=0.01, every=2, schedule="cosine")
             os._exit(0 if result.updates == updates else 1)
         if hit < kills:
             time.sleep(rng.uniform(0, 0.6) * length)

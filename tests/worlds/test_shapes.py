@@ -1,6 +1,7 @@
 """The shapes world: prompts, pictures, and a parser that is right or says nothing."""
 
 import io
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ def test_two_thousand_prompts_and_a_held_out_tenth():
 def test_prompts_read_back():
     assert all(shapes.parse_prompt(s.prompt) == s for s in shapes.scenes())
     assert Scene(2, "cross", "red", "sand").prompt == "two red crosses on sand"
+
+
+def test_neighbours_differ_in_one_attribute():
+    found = shapes.neighbours("three red circles on sand")
+    scenes = [shapes.parse_prompt(p) for p in found]
+    own = shapes.parse_prompt("three red circles on sand")
+    assert len(set(found)) == 4 + 4 + 7 + 9
+    assert all(sum(a != b for a, b in zip(astuple(s), astuple(own), strict=True)) == 1 for s in scenes)
 
 
 @pytest.mark.parametrize(

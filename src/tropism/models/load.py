@@ -5,13 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import cast
-
-import torch
+from typing import Any, cast
 
 from tropism import plugin
 from tropism.core import Model, UserError
-from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
 from tropism.worlds import weights
 
@@ -53,18 +50,7 @@ def _unknown(source: str) -> UserError:
     )
 
 
-def load_model(
-    source: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    lora: LoraSettings | None = LoraSettings(),
-    full: bool = False,
-    eta: float = 0.0,
-    checkpointing: bool | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> Model:
+def load_model(source: str | Path, **options: Any) -> Model:
     """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, or "file.py:Class".
 
     The options are StableDiffusion.load's; a user's own class is made without arguments and none of them reaches it.
@@ -78,17 +64,4 @@ def load_model(
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
             raise _unknown(source)
         found = source
-    return cast(
-        Model,
-        StableDiffusion.load(
-            found,
-            dtype=dtype,
-            device=device,
-            lora=lora,
-            full=full,
-            eta=eta,
-            checkpointing=checkpointing,
-            height=height,
-            width=width,
-        ),
-    )
+    return cast(Model, StableDiffusion.load(found, **options))

@@ -1,4 +1,4 @@
-"""Image-text alignment: the cosine of a picture and its prompt under a CLIP model, differentiable in the picture.
+"""Image-text alignment under a CLIP model, differentiable in the picture: cosine, or certainty among rival prompts.
 
 Preprocessing is done in torch: a pass through PIL or 8-bit integers would cut the gradient.
 Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); CLIP, arXiv 2103.00020.
@@ -6,6 +6,7 @@ Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tropism.core import Batch, UserError
 from tropism.rewards.frozen import Frozen, at_least_float32
-from tropism.worlds import weights
+from tropism.worlds import shapes, weights
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,15 +86,29 @@ def pooled(features: Any) -> Tensor:
 
 
 class ClipScore:
-    """The reward cos(picture, prompt), (B,) in [-1, 1]. Differentiable."""
+    """The reward cos(picture, prompt), (B,) in [-1, 1]; with `contrast`, the log-probability of the prompt, (B,) at most 0.
+
+    contrast: prompt -> prompts it must not be taken for; the reward is then log softmax over scale * cosine at the prompt.
+    It has no slope left where the prompt is certain, and points only at what tells the prompt from its rivals, while a
+    cosine can rise for ever. scale: CLIP's logit scale, or less for a softer reward. Differentiable.
+    Source: zero-shot classification, arXiv 2103.00020, section 3.1.2.
+    """
 
     differentiable = True
 
-    def __init__(self, clip: Clip, name: str = "clip"):
-        self.clip, self.name = clip, name
+    def __init__(
+        self, clip: Clip, name: str = "clip", contrast: Callable[[str], list[str]] | None = None, scale: float = 100.0
+    ):
+        self.clip, self.name, self.contrast, self.scale = clip, name, contrast, scale
 
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
-        return (self.clip.images(samples) * self.clip.texts(batch.prompts, samples)).sum(-1)
+        seen = self.clip.images(samples)
+        cosine = (seen * self.clip.texts(batch.prompts, samples)).sum(-1)
+        if self.contrast is None:
+            return cosine
+        rivals = [self.clip.texts(self.contrast(prompt), samples) for prompt in batch.prompts]
+        others = torch.stack([torch.logsumexp(self.scale * r @ one, 0) for r, one in zip(rivals, seen, strict=True)])
+        return -F.softplus(others - self.scale * cosine)
 
 
 @lru_cache(maxsize=2)
@@ -129,6 +144,16 @@ def clip_score(source: str) -> ClipScore:
     return ClipScore(load_clip(source), f"clip:{source}")
 
 
+def _neighbours(prompt: str) -> list[str]:
+    try:
+        return shapes.neighbours(prompt)
+    except ValueError as error:
+        raise UserError(f"shapes-alignment cannot tell what else the prompt might have asked for: {error}") from error
+
+
 def shapes_alignment() -> ClipScore:
-    """The reward `shapes-alignment`: the shapes world's bundled CLIP. Its measure is worlds.shapes.accuracy, "all"."""
-    return ClipScore(load_clip(str(weights.path("shapes/clip"))), "shapes-alignment")
+    """The reward `shapes-alignment`: how sure the shapes world's bundled CLIP is of the prompt among its neighbours.
+
+    Its measure is worlds.shapes.accuracy, "all". Raises UserError for a prompt of another world.
+    """
+    return ClipScore(load_clip(str(weights.path("shapes/clip"))), "shapes-alignment", _neighbours, 20.0)

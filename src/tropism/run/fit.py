@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tropism.core import Batch, Info
 from tropism.run import checkpoint, checks
-from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main
+from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main, schedule_of
 from tropism.run.record import Recorder
 from tropism.run.signals import Interrupted, Stop, stopping
 
@@ -112,6 +112,7 @@ def fit(
     weight_decay: float = 1e-4,
     clip: float = 1.0,
     ema: float = 0.0,
+    schedule: str = "constant",
     seed: int = 0,
     micro_batch: int | None = None,
     checkpoint_every: int = 50,
@@ -127,6 +128,7 @@ def fit(
     parameters: {name: tensor} or {group: {name: tensor}}, float32 or float64, trained in place; lr may be one a group.
     batches: update number (from 0) -> this process's rows; a pure function. out: the run folder (holds checkpoints/).
     clip: largest norm of the mean gradient, 0 is off. ema: decay of an average of the weights, 0 is off.
+    schedule: how the learning rate goes over the whole run: "constant", or "linear" or "cosine" down to 0.
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
     `evaluate_every` (0: never between) and after the last. callback: (updates done, Info). finish: called at the end
@@ -134,6 +136,7 @@ def fit(
     Raises UserError for a run that cannot learn, a reward, loss or gradient that is not finite, and a full disk;
     Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
     """
+    rate = schedule_of(schedule)
     optimiser = Optimiser(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip, ema=ema)
     run = _Run(optimiser, Path(out) / "checkpoints", keep, micro_batch=micro_batch)
     remarks = run.restore() if resume else ()
@@ -142,6 +145,7 @@ def fit(
         if evaluate and run.update == 0:
             recorder.write({"update": 0, **_evaluated(evaluate, run)})
         while run.update < updates:
+            optimiser.pace(rate(run.update / updates))
             info, row = _one_update(step, batches(run.update), run, seed, stop)
             if evaluate and (run.update == updates or (evaluate_every and run.update % evaluate_every == 0)):
                 row |= _evaluated(evaluate, run)

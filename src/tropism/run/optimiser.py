@@ -4,8 +4,9 @@ clipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import cos, pi
 from typing import cast
 
 import torch
@@ -16,6 +17,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tropism.core import UserError
 
 Parameters = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + cos(pi * done)) / 2,
+}
+"""Learning-rate schedules: share of the run that is done, in [0, 1) -> factor on the rate."""
+
+
+def schedule_of(name: str) -> Callable[[float], float]:
+    """A schedule by name. Raises UserError for one that is not known."""
+    if name not in SCHEDULES:
+        raise UserError(f"There is no schedule {name!r} of the learning rate. Known: {', '.join(SCHEDULES)}.")
+    return SCHEDULES[name]
 
 
 def is_distributed() -> bool:
@@ -69,15 +84,20 @@ class Optimiser:
             raise UserError(f"ema is {ema}; a decay must lie in [0, 1), 0 is off. Try --ema 0.99.")
         groups = named(parameters)
         self.named = {n: p for group in groups.values() for n, p in group.items()}
-        rates = lr if isinstance(lr, Mapping) else dict.fromkeys(groups, lr)
+        self.rates = list(lr[k] for k in groups) if isinstance(lr, Mapping) else [lr] * len(groups)
         self.adam = torch.optim.AdamW(
-            [{"params": list(g.values()), "lr": rates[k]} for k, g in groups.items()],
+            [{"params": list(g.values()), "lr": rate} for g, rate in zip(groups.values(), self.rates, strict=True)],
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
         )
         self.clip, self.ema, self.steps = clip, ema, 0
         self.average = {n: p.detach().clone() for n, p in self.named.items()} if ema else {}
+
+    def pace(self, factor: float) -> None:
+        """Set each group's learning rate to `factor` times its own."""
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
 
     def backward(self, loss: Tensor, totals: list[float]) -> list[float]:
         """Gradients of `loss` summed over all processes, then divided by totals[0], the samples; the summed totals.

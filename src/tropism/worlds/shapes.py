@@ -8,7 +8,8 @@ mentions (grain, a gradient or stripes), so a picture can be compressed without 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import cast
 
@@ -70,6 +71,19 @@ def scenes(held_out: bool | None = None) -> list[Scene]:
     """All 2,000 scenes, or only those of one side of the split."""
     every = [Scene(*a) for a in product(range(1, len(COUNTS) + 1), SHAPES, COLOURS, BACKGROUNDS)]
     return [s for s in every if held_out is None or s.held_out == held_out]
+
+
+@cache
+def neighbours(prompt: str) -> list[str]:
+    """The 24 prompts that differ from this one in one attribute. Raises ValueError as `parse_prompt` does."""
+    scene = parse_prompt(prompt)
+    values = {"count": range(1, len(COUNTS) + 1), "shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS}
+    return [
+        replace(scene, **{name: value}).prompt
+        for name, known in values.items()
+        for value in known
+        if value != getattr(scene, name)
+    ]
 
 
 def parse_prompt(prompt: str) -> Scene:
