@@ -267,7 +267,17 @@ def test_accumulation_and_mean_gradient():
 )
 def test_equals_a_plain_adamw_loop_with_clipping(tmp_path, schedule, factors):
     weights, twin = trainee.parameters(), trainee.parameters()
-    run(tmp_path / "run", trainee.quadratic(weights), weights, 5, lr=0.05, clip=0.5, seed=3, weight_decay=0.01, schedule=schedule)
+    run(
+        tmp_path / "run",
+        trainee.quadratic(weights),
+        weights,
+        5,
+        lr=0.05,
+        clip=0.5,
+        seed=3,
+        weight_decay=0.01,
+        schedule=schedule,
+    )
     adam = torch.optim.AdamW(list(twin.values()), lr=0.05, weight_decay=0.01)
     for update in range(5):
         adam.zero_grad()
