@@ -61,7 +61,7 @@ def test_quick_pretraining_gives_a_model_and_rewards_that_work(tmp_path, monkeyp
 
 def test_changed_twins_stand_in_the_same_places(tmp_path):
     pictures, scenes = drawn(tmp_path, 40, 9)
-    twins, others = drawn(tmp_path, 40, 9, changed=True)
+    twins, others = drawn(tmp_path, 40, 9, twin="changed")
     for s, o in zip(scenes, others, strict=True):
         assert s.count == o.count
         assert sum(getattr(s, a) != getattr(o, a) for a in ("shape", "colour", "background")) == 1

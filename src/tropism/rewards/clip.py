@@ -85,20 +85,22 @@ def pooled(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-class ClipScore:
-    """The reward cos(picture, prompt), (B,) in [-1, 1]; with `contrast`, the log-probability of the prompt, (B,) at most 0.
+Contrast = Callable[[str], list[list[str]]]
 
-    contrast: prompt -> prompts it must not be taken for; the reward is then log softmax over scale * cosine at the prompt.
-    It has no slope left where the prompt is certain, and points only at what tells the prompt from its rivals, while a
-    cosine can rise for ever. scale: CLIP's logit scale, or less for a softer reward. Differentiable.
+
+class ClipScore:
+    """The reward cos(picture, prompt), (B,) in [-1, 1]; with `contrast`, a sum of log-probabilities, (B,) below 0.
+
+    contrast: prompt -> groups of prompts it must not be taken for, one group for each thing that could be wrong. The reward
+    is then the sum over groups of log softmax(scale * cosine) at the prompt, among itself and the group: it points only at
+    what tells the prompt from its rivals and goes flat where that is certain, while a cosine can rise for ever.
+    scale: CLIP's logit scale, or less for a softer reward. Differentiable.
     Source: zero-shot classification, arXiv 2103.00020, section 3.1.2.
     """
 
     differentiable = True
 
-    def __init__(
-        self, clip: Clip, name: str = "clip", contrast: Callable[[str], list[str]] | None = None, scale: float = 100.0
-    ):
+    def __init__(self, clip: Clip, name: str = "clip", contrast: Contrast | None = None, scale: float = 100.0):
         self.clip, self.name, self.contrast, self.scale = clip, name, contrast, scale
 
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
@@ -106,9 +108,12 @@ class ClipScore:
         cosine = (seen * self.clip.texts(batch.prompts, samples)).sum(-1)
         if self.contrast is None:
             return cosine
-        rivals = [self.clip.texts(self.contrast(prompt), samples) for prompt in batch.prompts]
-        others = torch.stack([torch.logsumexp(self.scale * r @ one, 0) for r, one in zip(rivals, seen, strict=True)])
-        return -F.softplus(others - self.scale * cosine)
+        rows = zip(seen, cosine, map(self.contrast, batch.prompts), strict=True)
+        return torch.stack([self._certainty(*row) for row in rows])
+
+    def _certainty(self, one: Tensor, cosine: Tensor, groups: list[list[str]]) -> Tensor:
+        rivals = [torch.logsumexp(self.scale * (self.clip.texts(group, one) @ one), 0) for group in groups]
+        return -F.softplus(torch.stack(rivals) - self.scale * cosine).sum()
 
 
 @lru_cache(maxsize=2)
@@ -144,7 +149,7 @@ def clip_score(source: str) -> ClipScore:
     return ClipScore(load_clip(source), f"clip:{source}")
 
 
-def _neighbours(prompt: str) -> list[str]:
+def _neighbours(prompt: str) -> list[list[str]]:
     try:
         return shapes.neighbours(prompt)
     except ValueError as error:
@@ -152,7 +157,7 @@ def _neighbours(prompt: str) -> list[str]:
 
 
 def shapes_alignment() -> ClipScore:
-    """The reward `shapes-alignment`: how sure the shapes world's bundled CLIP is of the prompt among its neighbours.
+    """The reward `shapes-alignment`: how sure the shapes world's bundled CLIP is of each of the prompt's attributes.
 
     Its measure is worlds.shapes.accuracy, "all". Raises UserError for a prompt of another world.
     """

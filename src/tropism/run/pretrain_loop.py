@@ -137,29 +137,39 @@ def _restore(file: Path, parameters, average, optimiser) -> int:
     return update
 
 
-def cache(folder: Path, what: str, n: int, seed: int, texture: str | None = None, changed: bool = False) -> Path:
+def cache(folder: Path, what: str, n: int, seed: int, texture: str | None = None, twin: str = "") -> Path:
     """Where n pictures of a kind are kept."""
-    return folder / f"{what}-{seed}-{n}{f'-{texture}' if texture else ''}{'-changed' if changed else ''}.safetensors"
+    return folder / f"{what}-{seed}-{n}{f'-{texture}' if texture else ''}{f'-{twin}' if twin else ''}.safetensors"
 
 
 def drawn(
-    folder: Path, n: int, seed: int, texture: str | None = None, changed: bool = False
+    folder: Path, n: int, seed: int, texture: str | None = None, twin: str = ""
 ) -> tuple[Tensor, list[shapes.Scene]]:
     """n pictures of training scenes as uint8 (n, 3, 64, 64), cached in `folder`, and their scenes.
 
-    changed: each scene with another shape, colour or background in the same places, on the same texture.
+    twin: "changed" draws each scene with another shape, colour or background, "odd" with some objects not what the scene
+    says (see `odd_objects`); both in the same places, on the same texture.
     """
     pool = shapes.scenes(held_out=False)
     rng = np.random.default_rng([seed, 1])
     chosen = [pool[i] for i in rng.integers(len(pool), size=n)]
-    if changed:
+    if twin == "changed":
         chosen = [another(s, ("shape", "shape", "colour", "background")[rng.integers(4)], rng) for s in chosen]
-    file = cache(folder, "drawn", n, seed, texture, changed)
+    file = cache(folder, "drawn", n, seed, texture, twin)
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = (shapes.pictures(chosen, seed, texture) * 255).round().byte()
+        odd = [odd_objects(s, rng) for s in chosen] if twin == "odd" else None
+        pictures = (shapes.pictures(chosen, seed, texture, odd) * 255).round().byte()
         save_file({"pictures": pictures.contiguous()}, file)
     return load_file(file)["pictures"], chosen
+
+
+def odd_objects(scene: shapes.Scene, rng: np.random.Generator) -> shapes.Odd:
+    """Some objects of a scene, at least one, left out (a third of the time), of another shape, or halfway to it."""
+    assert scene.count and scene.shape
+    some = rng.permutation(scene.count)[: rng.integers(1, max(2, scene.count))].tolist()
+    other = another(scene, "shape", rng).shape or scene.shape
+    return dict.fromkeys(some, ((), (other,), (scene.shape, other))[rng.integers(3)])
 
 
 def another(scene: shapes.Scene, attribute: str, rng: np.random.Generator) -> shapes.Scene:

@@ -90,14 +90,15 @@ def _spoiled(x: Tensor, twins: Tensor, rng: np.random.Generator) -> Tensor:
 
 def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 64):
     """CLIP's symmetric contrastive loss, with four near misses a picture among the wrong texts and spoiled pictures among the wrong
-    pictures: without them the score does not notice fading colours or half-made shapes. Half of a batch has `changed` twins.
+    pictures: without them the score does not notice fading colours, half-made shapes or one object of five that is no star.
+    Half of a batch has twins, changed or with odd objects among them.
     """
     torch.manual_seed(3)
     clip = new_clip(tokenizer)
     parts = [reconstructed(folder, vae, n, 2), reconstructed(folder, vae, n // 4, 5, texture="flat")]
     pictures, chosen = torch.cat([p for p, _ in parts]), [s for _, scenes in parts for s in scenes]
     paired, described = reconstructed(folder, vae, n // 3, 6)
-    twins, _ = reconstructed(folder, vae, n // 3, 6, changed=True)
+    twins, odd = (reconstructed(folder, vae, n // 3, 6, twin=kind)[0] for kind in ("changed", "odd"))
 
     def loss(update: int) -> Tensor:
         rows, rng = rows_of(len(chosen), batch // 2, 14, update)
@@ -107,6 +108,7 @@ def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 
         prompts += [another(s, a, rng).prompt for s in scenes for a in ("count", "shape", "colour", "background")]
         x = torch.cat([_shown(paired, twinned, rng), _shown(pictures, rows, rng)])
         spoiled = _spoiled(x[: batch // 2], twins[twinned].float() / 255, rng)
+        spoiled[::2] = _shown(odd, twinned[::2], rng)
         x = clip_pixels(torch.cat([x, spoiled]), shapes.SIZE, MEAN, STD)
         x = x.flip(3) if rng.random() < 0.5 else x
         with torch.autocast("cpu", torch.bfloat16):

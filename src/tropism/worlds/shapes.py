@@ -8,6 +8,7 @@ mentions (grain, a gradient or stripes), so a picture can be compressed without 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -74,15 +75,16 @@ def scenes(held_out: bool | None = None) -> list[Scene]:
 
 
 @cache
-def neighbours(prompt: str) -> list[str]:
-    """The 24 prompts that differ from this one in one attribute. Raises ValueError as `parse_prompt` does."""
+def neighbours(prompt: str) -> list[list[str]]:
+    """The prompts that differ from this one in its count, in its shape, in its colour, in its background: four groups.
+
+    Raises ValueError as `parse_prompt` does.
+    """
     scene = parse_prompt(prompt)
     values = {"count": range(1, len(COUNTS) + 1), "shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS}
     return [
-        replace(scene, **{name: value}).prompt
+        [replace(scene, **{name: v}).prompt for v in known if v != getattr(scene, name)]
         for name, known in values.items()
-        for value in known
-        if value != getattr(scene, name)
     ]
 
 
@@ -167,30 +169,40 @@ def _texture(kind: str, rng: np.random.Generator) -> np.ndarray:
     return np.clip(field - field.mean(), -31, 31)[..., None] * tint * np.sqrt(3) / np.linalg.norm(tint)
 
 
-def compose(scene: Scene, rng: np.random.Generator, texture: str | None = None) -> tuple[np.ndarray, list[tuple]]:
+Odd = Mapping[int, tuple[str, ...]]
+"""Object number -> the shapes it is drawn halfway between instead of its own; () leaves it out."""
+
+
+def compose(
+    scene: Scene, rng: np.random.Generator, texture: str | None = None, odd: Odd | None = None
+) -> tuple[np.ndarray, list[tuple]]:
     """Draw a scene: (64, 64, 3) uint8, and its objects as (x, y, radius) in pixels.
 
-    `texture` is one of TEXTURES, "flat", or None for a random one.
+    `texture` is one of TEXTURES, "flat", or None for a random one. `odd` spoils some objects and leaves the others as they are.
     """
     assert scene.count and scene.shape and scene.colour and scene.background, "a scene that could not be read"
     texture = texture or TEXTURES[rng.integers(len(TEXTURES))]
     picture = np.broadcast_to(np.array(BACKGROUNDS[scene.background], float), (SIZE, SIZE, 3))
     picture = picture if texture == "flat" else picture + _texture(texture, rng)
     objects = _place(scene.count, rng)
-    for x, y, r in objects:
-        alpha = coverage(scene.shape, x, y, r)[..., None]
+    for i, (x, y, r) in enumerate(objects):
+        drawn_as = (odd or {}).get(i, (scene.shape,))
+        if not drawn_as:
+            continue
+        alpha = np.mean([coverage(shape, x, y, r) for shape in drawn_as], 0)[..., None]
         picture = (1 - alpha) * picture + alpha * np.array(COLOURS[scene.colour], float)
     return np.clip(np.round(picture), 0, 255).astype(np.uint8), objects
 
 
-def render(scene: Scene, rng: np.random.Generator, texture: str | None = None) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, texture: str | None = None, odd: Odd | None = None) -> np.ndarray:
     """The picture of `compose` alone."""
-    return compose(scene, rng, texture)[0]
+    return compose(scene, rng, texture, odd)[0]
 
 
-def pictures(batch: list[Scene], seed: int, texture: str | None = None) -> Tensor:
-    """Render scenes into (B, 3, 64, 64) float32 in [0, 1]; the same seed draws the same pictures."""
-    drawn = [render(s, np.random.default_rng([seed, i]), texture) for i, s in enumerate(batch)]
+def pictures(batch: list[Scene], seed: int, texture: str | None = None, odd: Sequence[Odd] | None = None) -> Tensor:
+    """Render scenes into (B, 3, 64, 64) float32 in [0, 1]; the same seed draws the same pictures, `odd` spoils objects in them."""
+    spoilt = odd or [{}] * len(batch)
+    drawn = [render(s, np.random.default_rng([seed, i]), texture, spoilt[i]) for i, s in enumerate(batch)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
 
 
