@@ -76,6 +76,16 @@ def test_changed_twins_stand_in_the_same_places(tmp_path):
     assert (moved & ~objects).float().mean() < 0.02
 
 
+def test_odd_objects_spoil_a_picture(tmp_path):
+    _, scenes = drawn(tmp_path, 40, 9)
+    twins, others = drawn(tmp_path, 40, 9, twin="odd")
+    read = shapes.read(twins / 255)
+    assert others == scenes
+    assert sum((r.count or s.count) < s.count for r, s in zip(read, scenes, strict=True)) > 5  # left out
+    assert sum(r.shape != s.shape for r, s in zip(read, scenes, strict=True)) > 10  # another shape
+    assert sum(r == s for r, s in zip(read, scenes, strict=True)) < 8  # halfway to another shape may still be read as its own
+
+
 def test_spoiled_pictures_are_worse_for_the_bundled_score():
     scenes, rng = shapes.scenes(held_out=True), np.random.default_rng(0)
     x, twins = (shapes.pictures(some, 5) for some in (scenes, [another(s, "shape", rng) for s in scenes]))
