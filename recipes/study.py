@@ -16,11 +16,6 @@ from tropism.run.evaluate import Evaluation
 from tropism.worlds import shapes, taste
 
 FLAT = 690
-EVERY_LAYER = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
-    *("conv1", "conv2", "conv_out", "conv", "conv_shortcut"),
-)
-"""Adapters on the convolutions too: grain is drawn there, and adapters on the attention alone cannot take it away."""
 HELD_OUT = [s.prompt for s in shapes.scenes(held_out=True)]
 
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tropism.models.stable_diffusion import StableDiffusion
 
 FILE = "pytorch_lora_weights.safetensors"
+EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_out", "conv", "conv_shortcut"),
+)
+"""Targets for adapters on a U-Net's convolutions too: fine texture is drawn there."""
 _NAME = "default"
 # what other writers call the two factors, and peft's name for them
 _ALIASES = {
