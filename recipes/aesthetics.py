@@ -8,10 +8,9 @@ import json
 
 import matplotlib
 import torch
-from study import options, runs
+from study import CHAIN, options, runs
 
 matplotlib.use("Agg")
-CHAIN = {"steps": 8, "guidance": 2.0, "truncation": "2"}
 
 
 def main():

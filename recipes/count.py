@@ -4,13 +4,12 @@ Hardware: 2 CPU cores, at most 5 minutes a seed. Expected: the share of the miss
 Run: python recipes/count.py
 """
 
-from study import closed, compared, options
-
-CHAIN = {"steps": 8, "guidance": 2.0, "truncation": "3"}
+from study import CHAIN, closed, compared, options
 
 
 def main():
-    rows = compared(options(), "count", ["shapes-count"], CHAIN, updates=130, lr=2e-3, ema=0.95)
+    chain = {**CHAIN, "truncation": "3"}
+    rows = compared(options(), "count", ["shapes-count"], chain, updates=90, lr=7e-4, ema=0.95, clip=0.1)
     print(f"  share of the missing accuracy closed: {closed(rows['accuracy count'])}")
 
 

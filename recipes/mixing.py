@@ -6,7 +6,7 @@ Run: python recipes/mixing.py
 
 import matplotlib
 import torch
-from study import HELD_OUT, measures, options, runs, table
+from study import CHAIN, HELD_OUT, SAMPLING, WIDE, measures, options, runs, table
 
 from tropism.models import mixing
 from tropism.models.load import load_model
@@ -14,9 +14,12 @@ from tropism.rewards.jpeg import compressibility
 from tropism.run.evaluate import evaluate
 
 matplotlib.use("Agg")
-SAMPLING = {"steps": 8, "guidance": 2.0}
-CHAIN = {**SAMPLING, "truncation": "2"}
-RUNS = {"compress": (["jpeg"], 25), "align": (["shapes-alignment"], 60), "joint": (["jpeg", "shapes-alignment=3"], 60)}
+GUARDED = {**CHAIN, "drift": 0.3}
+RUNS = {
+    "compress": (["jpeg=1.5"], 30),
+    "align": (["shapes-alignment"], 40),
+    "joint": (["jpeg=1.5", "shapes-alignment=0.8"], 60),
+}
 
 
 def draw(model, seed):
@@ -26,8 +29,8 @@ def draw(model, seed):
 def main():
     from matplotlib import pyplot
 
-    run, mixtures = options(), [(c, a) for c in (0.0, 0.25, 0.5, 0.75, 1.0) for a in (0.0, 0.5, 1.0)]
-    found = {n: runs(run, f"mixing-{n}", reward, CHAIN, updates=u, lr=2e-3) for n, (reward, u) in RUNS.items()}
+    run, mixtures = options(), [(c, a) for c in (0.0, 0.5, 1.0) for a in (0.0, 0.5, 1.0)]
+    found = {n: runs(run, f"mixing-{n}", reward, GUARDED, **WIDE, updates=u) for n, (reward, u) in RUNS.items()}
     done, seconds = found["joint"]
     before, joint = [measures(d.before) for d in done], [measures(d.after) for d in done]
     curve = {m: [] for m in mixtures}
@@ -40,7 +43,7 @@ def main():
     mean = lambda rows, key: torch.tensor([r[key] for r in rows], dtype=torch.float64).mean().item()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     for a in (0.0, 0.5, 1.0):
-        points = [curve[c, a] for c in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        points = [curve[c, a] for c in (0.0, 0.5, 1.0)]
         axis.plot(
             [mean(p, "bytes above flat") for p in points],
             [mean(p, "accuracy all") for p in points],

@@ -11,11 +11,16 @@ from pathlib import Path
 import torch
 
 from tropism.commands import Run, align
+from tropism.models.lora import EVERY_LAYER
 from tropism.rewards.jpeg import true_bytes
 from tropism.run.evaluate import Evaluation
 from tropism.worlds import shapes, taste
 
 FLAT = 690
+SAMPLING = {"steps": 8, "guidance": 2.0}
+CHAIN = {**SAMPLING, "truncation": "2"}
+WIDE = {"lr": 3e-3, "ema": 0.95, "rank": 16, "targets": EVERY_LAYER}
+"""Adapters on every layer: grain is drawn by the convolutions."""
 HELD_OUT = [s.prompt for s in shapes.scenes(held_out=True)]
 
 
@@ -55,7 +60,7 @@ def options(seeds: str = "0,1,2") -> argparse.Namespace:
 
 
 def runs(
-    run: argparse.Namespace, name: str, reward: list[str], chain: dict, **settings
+    run: argparse.Namespace, name: str, reward: list[str], options: dict, **settings
 ) -> tuple[list[Run], list[float]]:
     """One AlignProp run a seed on the shapes model, judged on every held-out prompt; the runs and their seconds, evaluations included."""
     done, seconds = [], []
@@ -69,7 +74,7 @@ def runs(
                 held_out=HELD_OUT,
                 seed=seed,
                 out=run.out / f"{name}-{seed}",
-                options=chain,
+                options=options,
                 overwrite=True,
                 threads=run.threads,
                 **{"batch": 16, "rank": 8, "evaluate_every": 0, "evaluate_prompts": len(HELD_OUT), **settings},
@@ -79,9 +84,9 @@ def runs(
     return done, seconds
 
 
-def compared(run: argparse.Namespace, name: str, reward: list[str], chain: dict, **settings) -> dict:
+def compared(run: argparse.Namespace, name: str, reward: list[str], options: dict, **settings) -> dict:
     """`runs`, and the `table` of its measures before and after."""
-    done, seconds = runs(run, name, reward, chain, **settings)
+    done, seconds = runs(run, name, reward, options, **settings)
     return table(name, run.out, [measures(d.before) for d in done], [measures(d.after) for d in done], seconds)
 
 

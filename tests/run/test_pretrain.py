@@ -83,7 +83,9 @@ def test_odd_objects_spoil_a_picture(tmp_path):
     assert others == scenes
     assert sum((r.count or s.count) < s.count for r, s in zip(read, scenes, strict=True)) > 5  # left out
     assert sum(r.shape != s.shape for r, s in zip(read, scenes, strict=True)) > 10  # another shape
-    assert sum(r == s for r, s in zip(read, scenes, strict=True)) < 8  # halfway to another shape may still be read as its own
+    assert (
+        sum(r == s for r, s in zip(read, scenes, strict=True)) < 8
+    )  # halfway to another shape may still be read as its own
 
 
 def test_spoiled_pictures_are_worse_for_the_bundled_score():
