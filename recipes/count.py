@@ -9,7 +9,7 @@ from study import CHAIN, closed, compared, options
 
 def main():
     chain = {**CHAIN, "truncation": "3"}
-    rows = compared(options(), "count", ["shapes-count"], chain, updates=90, lr=7e-4, ema=0.95, clip=0.1)
+    rows = compared(options(), "count", ["shapes-count"], chain, updates=90, lr=5e-4, ema=0.95, clip=0.1)
     print(f"  share of the missing accuracy closed: {closed(rows['accuracy count'])}")
 
 
