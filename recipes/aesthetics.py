@@ -18,7 +18,7 @@ def main():
 
     run, curves = options(), []
     done, seconds = runs(
-        run, "aesthetics", ["shapes-aesthetic"], CHAIN, updates=60, lr=2e-3, evaluate_every=5, evaluate_prompts=48
+        run, "aesthetics", ["shapes-aesthetic"], CHAIN, updates=100, lr=2e-3, evaluate_every=10, evaluate_prompts=48
     )
     print(f"{len(done)} seeds, {max(seconds):.0f} s at most")
     for finished in done:

@@ -10,7 +10,7 @@ import torch
 from study import CHAIN, HELD_OUT, WIDE, measures, options, runs, table
 
 matplotlib.use("Agg")
-GUARDED = ["jpeg=1.5", "shapes-alignment=0.8", "shapes-count=0.7"]
+GUARDED = ["jpeg=1.5", "shapes-alignment=0.5", "shapes-count=1"]
 
 
 def figure(file, columns: dict[str, torch.Tensor], rows: list[int]) -> None:
@@ -31,7 +31,7 @@ def figure(file, columns: dict[str, torch.Tensor], rows: list[int]) -> None:
 
 def main():
     run = options()
-    guarded, slow = runs(run, "guarded", GUARDED, {**CHAIN, "drift": 0.15}, **WIDE, updates=90)
+    guarded, slow = runs(run, "guarded", GUARDED, {**CHAIN, "drift": 0.3}, **WIDE, updates=110)
     erased, fast = runs(run, "unguarded", ["jpeg=1.5"], CHAIN, **WIDE, updates=40)
     for name, done, seconds in (("guarded", guarded, slow), ("unguarded", erased, fast)):
         found = [[measures(e) for e in side] for side in zip(*((d.before, d.after) for d in done), strict=True)]
