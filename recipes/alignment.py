@@ -1,16 +1,16 @@
-"""(b) Half of the missing all-attribute accuracy closed by the alignment reward.
+"""(b) How much of the missing all-attribute accuracy the alignment reward closes, and where it turns.
 
-Hardware: 2 CPU cores, at most 5 minutes a seed. Expected: the share of the missing accuracy that is closed is 0.5 or more.
+Hardware: 2 CPU cores, at most 5 minutes a seed. Aim: 0.5. Expected: a fifth to a third; LOG.md tells why, and what was tried.
 Run: python recipes/alignment.py
 """
 
-from study import CHAIN, closed, compared, options
+from study import CHAIN, followed, options
 
 
 def main():
     chain = {**CHAIN, "truncation": "3", "drift": 0.02}
-    rows = compared(options(), "alignment", ["shapes-alignment"], chain, updates=80, lr=2e-3, ema=0.95)
-    print(f"  share of the missing accuracy closed: {closed(rows['accuracy all'])}")
+    settings = {"updates": 75, "evaluate_every": 15, "lr": 2e-3, "ema": 0.95}
+    followed(options(), "alignment", ["shapes-alignment"], chain, key="all", **settings)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from datetime import date
 from math import log2
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 
 from tropism.commands import Run, align
 from tropism.models.lora import EVERY_LAYER
@@ -17,6 +19,7 @@ from tropism.run.evaluate import Evaluation
 from tropism.worlds import shapes, taste
 
 FLAT = 690
+matplotlib.use("Agg")
 SAMPLING = {"steps": 8, "guidance": 2.0}
 CHAIN = {**SAMPLING, "truncation": "2"}
 WIDE = {"lr": 3e-3, "ema": 0.95, "rank": 16, "targets": EVERY_LAYER}
@@ -90,9 +93,37 @@ def compared(run: argparse.Namespace, name: str, reward: list[str], options: dic
     return table(name, run.out, [measures(d.before) for d in done], [measures(d.after) for d in done], seconds)
 
 
-def closed(row: dict) -> str:
-    """The share of the missing accuracy that each seed closed."""
-    return ", ".join(f"{(b - a) / (1 - a):.2f}" for a, b in zip(row["base"], row["each"], strict=True))
+def followed(run: argparse.Namespace, name: str, reward: list[str], options: dict, *, key: str, **settings) -> None:
+    """`compared` with the curve on held-out prompts: OUT/NAME.png, and the share of the missing accuracy `key` closed."""
+    compared(run, name, reward, options, **settings)
+    folders = [run.out / f"{name}-{seed}" for seed in run.seeds]
+    update, score, right = (
+        curve(folders, column) for column in ("update", "held_out/reward", f"held_out/parser/{key}")
+    )
+    panels(run.out / f"{name}.png", update[0], {" + ".join(reward): score, f"accuracy: {key}": right})
+    best, mean = right.mean(0).argmax(), right.mean(0)
+    for what, k in (("at the end", -1), (f"at its best, update {update[0, best]:.0f}", best)):
+        share = ", ".join(f"{s:.2f}" for s in (right[:, k] - right[:, 0]) / (1 - right[:, 0]))
+        print(f"  {key} {mean[k]:.3f} {what}; share of the missing accuracy closed: {share}")
+
+
+def panels(file: Path, update: torch.Tensor, columns: dict[str, torch.Tensor], mark: float | None = None) -> None:
+    """One panel for each column (runs, evaluations): every run in grey, the mean in blue, a dotted line at `mark`."""
+    figure, axes = pyplot.subplots(1, len(columns), figsize=(4.5 * len(columns), 3.2))
+    for axis, (title, values) in zip(axes, columns.items(), strict=True):
+        axis.plot(update, values.T, color="0.7")
+        axis.plot(update, values.mean(0), color="tab:blue")
+        axis.set(xlabel="update", title=title)
+        if mark is not None:
+            axis.axvline(mark, color="tab:red", linestyle=":")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def curve(folders: list[Path], column: str) -> torch.Tensor:
+    """A column of the evaluated updates' records, (runs, evaluations)."""
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    return torch.tensor([[r[column] for r in run if "held_out/reward" in r] for run in lines], dtype=torch.float64)
 
 
 def table(name: str, out: Path, before: list[dict], after: list[dict], seconds: list[float]):
