@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
 from tropism import cli, commands
 from tropism.core import UserError
+from tropism.run import products
+from tropism.run.evaluate import evaluate
 
 SMALL = {
     "updates": 2,
@@ -111,9 +114,30 @@ def test_resume_is_bit_exact_through_the_whole_stack(folder, mine):
     assert (mine / "run" / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == whole
 
 
+def test_evaluation_has_its_own_steps_and_guidance(folder, mine, monkeypatch):
+    """Guidance 0 and 1 are settings like any other: every evaluation draws with them, training with its own."""
+    drawn = []
+    monkeypatch.setattr(
+        products,
+        "measured",
+        lambda *a, steps, guidance, **k: (
+            drawn.append((steps, guidance)) or evaluate(*a, steps=steps, guidance=guidance, **k)
+        ),
+    )
+    align(folder, mine, evaluate_steps=5, evaluate_guidance=0.0)
+    assert set(drawn) == {(5, 0.0)}
+    align(folder, mine, overwrite=True)
+    assert set(drawn[2:]) == {(3, 2.0)}
+
+
 def test_full_fine_tuning_and_bfloat16(folder, mine):
     align(folder, mine, full=True)
-    assert load_file(mine / "run" / "weights" / "trained.safetensors")
+    weights, card = (
+        load_file(mine / "run" / "weights" / "trained.safetensors"),
+        (mine / "run" / "README.md").read_text(),
+    )
+    assert "Full weights" in card and "load_lora_weights" not in card
+    StableDiffusionPipeline.from_pretrained(folder).unet.load_state_dict(weights)  # as the card says
     align(folder, mine, dtype="bfloat16", overwrite=True)
     assert {t.dtype for t in load_file(mine / "run" / "lora" / "pytorch_lora_weights.safetensors").values()} == {
         torch.float32
@@ -141,6 +165,14 @@ def test_mixing_two_runs(folder, mine):
     assert ranks == {8}
 
 
+def test_mixing_writes_over_nothing(mine):
+    (mine / "mixed").mkdir()
+    (mine / "mixed" / "lora.safetensors").write_text("finished")
+    for adapters, says in ((["one=nan"], "not finite"), (["one=x"], "not a number"), (["one"], "not empty")):
+        with pytest.raises(UserError, match=says):
+            commands.mix(adapters, out=mine / "mixed")
+
+
 def test_mixing_into_what_is_no_pipeline(mine):
     (mine / "own.py").write_text("from toy import ToyModel\nclass Own(ToyModel):\n    latents = None\n")
     with pytest.raises(UserError, match="not a Stable Diffusion pipeline"):
@@ -165,6 +197,19 @@ def test_rewards_that_cannot_teach(folder, mine, reward, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"clip": -1.0}, "clip is -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": -1}, "threads is -1"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"evaluate_steps": 5000}, "steps is 5000"),
+        ({"options": {"steps": 3, "drift": -1.0}}, "drift is -1.0"),
+        ({"options": {"steps": 3, "truncation": "\u00b2"}}, "Unknown truncation"),
+        ({"options": {"steps": 3, "truncation": lambda n, rng: [False] * n}}, "no step active"),
+        ({"trackers": ["foo"]}, "Unknown tracker"),
         ({"options": {"steps": 3, "truncation": "4"}}, "3 steps"),
         ({"options": {"stepz": 3}}, "Did you mean 'steps'"),
         ({"dtype": "float8"}, "float32"),

@@ -93,6 +93,11 @@ def test_wrong_shape_names_the_reward():
         core.scored(redness, torch.rand(4, 3, 8, 8), Batch(["a"] * 4))
 
 
+def test_what_is_no_number_names_the_reward():
+    with pytest.raises(UserError, match=r"<lambda>.*NoneType.*shape \(2,\)"):
+        core.scored(lambda images, batch: None, torch.rand(2, 3, 8, 8), Batch(["a"] * 2))
+
+
 def test_gather_without_processes_sorts_by_sample():
     values, index = core.gather(torch.tensor([30.0, 10.0, 20.0]), [3, 1, 2])
     assert values.tolist() == [10, 20, 30]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tropism.models.stable_diffusion import StableDiffusion
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import load_rewards, require_gradient
 from tropism.run import report
+from tropism.run.checks import at_least_one, not_negative
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.optimiser import schedule_of
@@ -30,6 +32,7 @@ from tropism.run.record import Recorder
 
 METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
+NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
 DEFAULTS = {"shapes": {"steps": 8, "guidance": 2.0}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
@@ -91,6 +94,7 @@ def _spelled(reward: Reward | str | Sequence[Reward | str]) -> list[str]:
 def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
     """Thread count, device and dtype of a command, checked."""
     _known(dtype, DTYPES, "dtype")
+    at_least_one(threads=threads)
     if threads:
         torch.set_num_threads(threads)
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -151,17 +155,12 @@ def align(
     evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
-    settings = {
-        k: v
-        for k, v in locals().items()
-        if k not in ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
-    }
+    settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     place, precision = set_up(device, dtype, threads)
-    schedule_of(schedule)
     hyper = _resolved(method, model, options or {})
     reward_ = _reward(reward)
     require_gradient(reward_, f"align {method}")
-    _positive(updates=updates, batch=batch, evaluate_prompts=evaluate_prompts, rank=rank)
+    _check_numbers(settings)
     adapter = None if full else LoraSettings(rank, alpha, tuple(targets), seed)
     model_ = (
         load_model(model, dtype=precision, device=place, lora=adapter, full=full, eta=eta)
@@ -170,14 +169,14 @@ def align(
     )
     train, held = train_and_held_out(prompts, held_out, model)
     held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
-    _check_chain(model_, method, hyper)
+    _check_chain(model_, method, hyper, evaluate_steps)
     if dry_run:
         return None
     config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         _say_too_long(recorder, model_, train + held)
-        chain = evaluate_steps or hyper.get("steps", 50), evaluate_guidance or hyper.get("guidance", 7.5)
-        judge = Judge(Path(out), model_, reward_, held, *chain, seed, batch)
+        sampling = _deployed(hyper, evaluate_steps, evaluate_guidance)
+        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch)
         products = Products(
             Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge
         )
@@ -205,6 +204,14 @@ def align(
     return Run(Path(out), judge.before, judge.after, result, products.difference)
 
 
+def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and guidance of the evaluation: those asked for, else those of training."""
+    return (
+        hyper.get("steps", 50) if steps is None else steps,
+        hyper.get("guidance", 7.5) if guidance is None else guidance,
+    )
+
+
 def _say_too_long(recorder: Recorder, model: Model, prompts: Sequence[Prompt]) -> None:
     for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in prompts}))[:5]:
         recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
@@ -216,19 +223,23 @@ def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, A
     )
 
 
-def _positive(**numbers: int):
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1. Try --{name.replace('_', '-')} 16.")
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a number out of its range or a schedule that is not known."""
+    counts = ("updates", "batch", "evaluate_prompts", "rank", "checkpoint_every", "micro_batch", "evaluate_steps")
+    at_least_one(**{name: settings[name] for name in counts})
+    not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every", "seed")})
+    schedule_of(settings["schedule"])
 
 
-def _check_chain(model: Model, method: str, hyper: Mapping[str, Any]):
+def _check_chain(model: Model, method: str, hyper: Mapping[str, Any], evaluate_steps: int | None):
     """Everything about the chain that can be wrong is found before anything is written."""
     from tropism.align.alignprop import reward_loss
-    from tropism.align.truncation import policy
+    from tropism.align.truncation import check_policy
 
     model.process.times(hyper.get("steps", 50))
-    policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
+    model.process.times(evaluate_steps or hyper.get("steps", 50))
+    check_policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
+    not_negative(drift=hyper.get("drift", 0.0))
     reward_loss(hyper.get("hinge"), hyper.get("target"))
     if not model.trainable():
         raise UserError(
@@ -293,9 +304,16 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
     for text in adapters:
         folder, _, weight = text.rpartition("=")
         try:
-            parts[_adapter(folder or weight)] = float(weight) if folder else 1.0
+            share, adapter = (float(weight) if folder else 1.0), _adapter(folder or weight)
         except ValueError as error:
             raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
+        if not math.isfinite(share):
+            raise UserError(f"The weight in {text!r} is not finite. Write --adapter FOLDER=0.5.")
+        parts[adapter] = parts.get(adapter, 0.0) + share
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise UserError(
+            f"The folder {out} is not empty, and a mixture never writes over an adapter. Choose another --out."
+        )
     loaded = load_model(model)
     if not isinstance(loaded, StableDiffusion):
         raise UserError(f"{model} is not a Stable Diffusion pipeline, and only their adapters can be mixed.")

@@ -227,7 +227,13 @@ def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
     """`reward(samples, batch)` checked: (B,), floating point. Raises UserError naming the reward and what it returned."""
     value = reward(samples, batch)
     if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=samples.dtype, device=samples.device)
+        try:
+            value = torch.as_tensor(value, dtype=samples.dtype, device=samples.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"Reward '{name_of(reward)}' returned {type(value).__name__}, not numbers ({error}). "
+                f"Return a tensor of shape ({len(batch)},)."
+            ) from error
     if value.shape != (len(batch),):
         raise UserError(
             f"Reward '{name_of(reward)}' returned shape {tuple(value.shape)} for {len(batch)} samples. "
@@ -238,7 +244,7 @@ def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
 
 def scored_parts(reward: Reward, samples: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The reward (B,) and its parts by name (itself alone unless it is a combination), each computed once."""
-    if not hasattr(reward, "parts"):
+    if not (hasattr(reward, "parts") and hasattr(reward, "total")):
         value = scored(reward, samples, batch)
         return value, {name_of(reward): value}
     parts = reward.parts(samples, batch)

@@ -9,7 +9,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy import ToyModel
 
-from tropism.core import UserError
+from tropism.align.rollout import sample
+from tropism.core import Batch, Draw, UserError
 from tropism.run.evaluate import diversity, evaluate
 
 
@@ -44,6 +45,26 @@ def test_pictures_do_not_depend_on_the_batch_size():
     assert not torch.allclose(whole.images, run(per_prompt=2, seed=2).images)
     assert whole.images.dtype == torch.float32
     assert not whole.images.requires_grad
+
+
+def test_negative_prompts_and_metadata_reach_the_reward():
+    seen = []
+    asked = Batch(["a", "b"], negative_prompts=["c", "d"], meta=[{"n": 1}, {"n": 2}])
+
+    def wanted(images, batch):
+        seen.extend(zip(batch.negative_prompts, [m["n"] for m in batch.meta], strict=True))
+        return brightness(images, batch)
+
+    found = evaluate(ToyModel(), wanted, asked, steps=2, guidance=1.0, seed=0, per_prompt=2, batch_size=3)
+    assert seen == [("c", 1), ("c", 1), ("d", 2), ("d", 2)]
+    assert not torch.equal(found.images[0], found.images[1])
+
+
+def test_evaluation_shares_no_noise_with_training():
+    model, batch = ToyModel(eta=1.0), Batch(PROMPTS)
+    for update in (0, 1):
+        trained = sample(model, batch, Draw(1, update, batch.index), steps=4, guidance=3.0)
+        assert (run().images - trained.float()).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_columns_hold_reward_parts_and_measures():

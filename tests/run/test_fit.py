@@ -88,6 +88,7 @@ def test_a_signal_saves_and_exits(tmp_path, number, code):
 def test_resume_without_a_checkpoint_starts_at_zero(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"update": 1}\n')
+    (tmp_path / "run" / "env.json").write_text("{}")
     _, result = trainee.run(tmp_path / "run", 2, resume=True)
     assert result.first == 0
     assert [r["update"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())] == [
@@ -207,6 +208,13 @@ def test_nan_reward_says_which_share(tmp_path):
     reward = torch.tensor([1.0, float("nan")] * 4)
     with pytest.raises(UserError, match=r"Update 0.*4 of 8 samples \(50%\), in sharpness"):
         run(tmp_path / "run", simple(lambda u: ((weights["first"] * reward.sum()).sum(), reward)), weights)
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path):
+    weights = trainee.parameters()
+    with pytest.raises(UserError, match="no longer finite after the step"):
+        run(tmp_path / "run", trainee.quadratic(weights), weights, 3, lr=float("inf"), checkpoint_every=1)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

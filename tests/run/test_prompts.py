@@ -26,6 +26,17 @@ def test_negative_prompts_and_metadata(tmp_path):
     assert read_prompts(tmp_path / "a.jsonl") == [Prompt("x", "y", (("n", 1),))]
 
 
+def test_unusual_but_valid_files(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt\n"three red\ncircles on sand"\n')
+    assert [p.text for p in read_prompts(tmp_path / "a.csv")] == ["three red circles on sand"]
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a\u2028cat"}\n{"prompt": "x", "metadata": {"include": [{"class": "cat"}]}}'
+    )
+    found = read_prompts(tmp_path / "a.jsonl")
+    assert [p.text for p in found] == ["a cat", "x"]
+    assert split(found)[0] == found
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -37,6 +48,8 @@ def test_negative_prompts_and_metadata(tmp_path):
         ("a.jsonl", b"{", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "x"}', "no `prompt`"),
         ("a.jsonl", b"[1]", "no `prompt`"),
+        ("a.jsonl", b'{"prompt": "x", "negative_prompt": 3}', "not text"),
+        ("a.csv", b'prompt\n"' + 200_000 * b"x", "not a table"),
         ("a.csv", b"text\nx\n", "no `prompt`"),
         ("a.txt", b"x" * 30_000, "30000 characters"),
     ],

@@ -45,9 +45,23 @@ def test_existing_folder_is_refused_with_its_remedies(tmp_path):
         recorder(tmp_path)
     with pytest.raises(UserError, match="not written by a run"):
         recorder(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="not written by a run"):
+        recorder(tmp_path, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match="is a file"):
         recorder(tmp_path / "thesis.txt")
+
+
+def test_a_run_killed_between_its_first_files_goes_on(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    recorder(tmp_path, resume=True).close()
+    assert (tmp_path / "env.json").exists()
+
+
+def test_a_refused_tracker_leaves_no_lock(tmp_path):
+    with pytest.raises(UserError, match="Unknown tracker"):
+        recorder(tmp_path / "run", trackers=["foo"])
+    recorder(tmp_path / "run").close()
 
 
 def test_overwrite_removes_products_only(tmp_path):

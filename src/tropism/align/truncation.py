@@ -7,6 +7,7 @@ keyed by (seed, update) alone, so micro-batches and processes share the draw.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -62,7 +63,7 @@ def policy(choice: str | int | Policy, n: int) -> Policy:
     text = str(choice)
     if text == "full":
         return partial(last, k=n)
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", text):
         if not 1 <= int(text) <= n:
             raise UserError(
                 f"Truncation K = {text}, but {n} steps run, so no policy can reach further back than {n} or less "
@@ -77,6 +78,16 @@ def policy(choice: str | int | Policy, n: int) -> Policy:
             + f" Choose a number of steps, 'full', or one of: {', '.join(POLICIES)}."
         )
     return POLICIES[text]
+
+
+def check_policy(choice: str | int | Policy, n: int, draws: int = 200) -> None:
+    """Raises UserError for a policy that is not known, has not n entries, or was never active in `draws` draws."""
+    rng = np.random.default_rng(0)
+    if not any(any(active_steps(choice, n, rng)) for _ in range(draws)):
+        raise UserError(
+            f"The truncation policy left no step active in {draws} draws, so no gradient could ever reach the weights. "
+            "Return at least one True, or choose --truncation suffix-uniform."
+        )
 
 
 def active_steps(choice: str | int | Policy, n: int, rng: np.random.Generator) -> tuple[bool, ...]:

@@ -93,7 +93,7 @@ def attach(network: Any, settings: LoraSettings, dtype: torch.dtype) -> None:
         raise UserError(
             f"No module of {type(network).__name__} matches the LoRA targets "
             f"{', '.join(settings.targets)}. Try "
-            f" --targets {','.join(LoraSettings().targets)}."
+            f"--targets {' --targets '.join(LoraSettings().targets)}."
         ) from error
     for i, (name, p) in enumerate(factors(network).items()):
         p.data = p.data.to(dtype)

@@ -38,7 +38,7 @@ def _front_matter(run: Finished) -> str:
     head = {
         "library_name": "diffusers",
         "base_model": run.base,
-        "tags": ["lora", "text-to-image", "diffusers", "tropism", run.method],
+        "tags": [*(["lora"] if run.adapter else []), "text-to-image", "diffusers", "tropism", run.method],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
@@ -54,11 +54,17 @@ def _numbers(run: Finished) -> str:
 
 def _loading(run: Finished) -> str:
     prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
-    return fenced(
-        "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({run.load})\n"
+    load = (
         'pipe.load_lora_weights("lora")  # this folder\'s lora/\n'
-        f'pipe({prompt}).images[0].save("picture.png")',
+        if run.adapter
+        else 'pipe.unet.load_state_dict(load_file("weights/trained.safetensors"))  # in this folder\n'
+    )
+    return fenced(
+        "from diffusers import DiffusionPipeline\n"
+        + ("" if run.adapter else "from safetensors.torch import load_file\n")
+        + f"\npipe = DiffusionPipeline.from_pretrained({run.load})\n"
+        + load
+        + f'pipe({prompt}).images[0].save("picture.png")',
         "python",
     )
 
@@ -68,13 +74,14 @@ def card(run: Finished) -> str:
     rewards = "\n".join(f"- {safe(name)}, weight {weight:g}" for name, weight in run.rewards.items())
     shown = "\n".join(f"- {safe(run.prompts[i])}" for i in spread(len(run.prompts), 5))
     limits = "\n".join(f"- {safe(x)}" for x in run.limits) or "- None recorded."
+    what = "A LoRA adapter" if run.adapter else "Full weights"
     updates = max((r["update"] for r in run.lines), default=0)
     return (
         "\n\n".join(
             [
                 _front_matter(run),
-                f"# {safe(run.method)} adapter for {safe(run.base)}",
-                f"A LoRA adapter trained with Tropism ({safe(run.method)}) for {updates} updates, seed {run.seed}.",
+                f"# {safe(run.method)} {'adapter' if run.adapter else 'weights'} for {safe(run.base)}",
+                f"{what} trained with Tropism ({safe(run.method)}) for {updates} updates, seed {run.seed}.",
                 "![before and after](before_after.png)",
                 "## Use",
                 _loading(run),

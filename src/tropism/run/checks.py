@@ -1,15 +1,30 @@
-"""A run that cannot learn, or has broken, stops and says why."""
+"""Settings that cannot be, and runs that cannot learn or have broken, stop and say why."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from tropism.core import Info, UserError
 
-_METHODS = "or take a method that needs no gradient (tropism align ddpo, tropism guide svdd)"
+_METHODS = "or take a method that needs no gradient (align ddpo, guide svdd: planned, not built yet)"
+
+
+def at_least_one(**numbers: int | None) -> None:
+    """Raises UserError for a setting below 1; None is one that was left out."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1. Try --{name.replace('_', '-')} 16.")
+
+
+def not_negative(**numbers: float) -> None:
+    """Raises UserError for a setting that is negative or not finite."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} is {value}; it must be a finite number of at least 0. Leave --{name} out.")
 
 
 def has_graph(loss: Tensor, update: int) -> None:
@@ -46,6 +61,14 @@ def finite(update: int, loss: float, norm: float, bad: float, count: float, info
         )
 
 
+def weights_finite(parameters: Iterable[Tensor], update: int, kept: str) -> None:
+    """Raises UserError if an optimiser step left a weight that is not finite."""
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise UserError(
+            f"Update {update}: a trained weight is no longer finite after the step. {kept} Try a smaller --lr."
+        )
+
+
 def can_learn(info: Info, norm: float, update: int) -> bool:
     """Whether this step proves that something can be learned; False if its policy drew no active step.
 
@@ -60,6 +83,6 @@ def can_learn(info: Info, norm: float, update: int) -> bool:
             why = f"The reward is {reward.flatten()[0].item():.6g} for every sample, so it looks constant"
         raise UserError(
             f"Update {update}: the gradient of every trained parameter is exactly zero: this run cannot learn. {why}. "
-            f"Choose a reward that changes with the picture (tropism doctor tests one), {_METHODS}."
+            f"Choose a reward that changes with the picture, {_METHODS}."
         )
     return True

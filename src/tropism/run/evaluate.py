@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Evaluation:
 def evaluate(
     model: Model,
     reward: Reward,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Batch,
     *,
     steps: int,
     guidance: float,
@@ -53,6 +53,7 @@ def evaluate(
 ) -> Evaluation:
     """Draw `per_prompt` pictures of every prompt and measure them; one seed gives one noise for any batch size.
 
+    prompts: texts, or a Batch where negative prompts, metadata or references go with them.
     base: the base model's pictures of the same call (B, 3, H, W); adds the column "drift", the mean squared difference
     of each picture to its twin. Raises UserError for no prompts or a reward of the wrong shape.
     """
@@ -60,7 +61,9 @@ def evaluate(
         raise UserError(
             "There are no prompts to evaluate on (0 given, at least 1 needed). Give a file with one prompt a line."
         )
-    batch = Batch([p for p in prompts for _ in range(per_prompt)])
+    asked = prompts if isinstance(prompts, Batch) else Batch(list(prompts))
+    repeated = [i for i in range(len(asked)) for _ in range(per_prompt)]
+    batch = replace(asked[repeated], index=tuple(range(len(repeated))), rows=(), parent=None)
     images, columns = [], []
     for at in range(0, len(batch), batch_size):
         piece = batch[at : at + batch_size]

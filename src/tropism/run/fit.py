@@ -243,6 +243,7 @@ def _one_step(loss: Tensor, info: Info, run: _Run, stop: Stop) -> float:
     checks.finite(run.update, value, norm, bad, count, info, run.kept)
     run.alive = run.alive or checks.can_learn(info, norm, run.update)
     run.optimiser.step(norm)
+    checks.weights_finite(run.optimiser.named.values(), run.update, run.kept)
     return norm
 
 

@@ -19,7 +19,7 @@ from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure
 from tropism.run.evaluate import evaluate as measured
-from tropism.run.prompts import Prompt
+from tropism.run.prompts import Prompt, as_batch
 from tropism.run.record import Recorder
 from tropism.worlds import shapes, taste
 
@@ -60,7 +60,7 @@ class Judge:
             measured,
             model,
             reward,
-            self.prompts,
+            as_batch(held),
             steps=steps,
             guidance=guidance,
             seed=seed,
@@ -149,6 +149,7 @@ class Products:
             after=after,
             lines=self.recorder.lines(),
             limits=self._limits(),
+            adapter=self.difference is not None,
         )
         report.write(self.out, done)
         card.write(self.out, done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,12 +65,12 @@ def _text(path: Path) -> str:
 
 
 def _from_txt(text: str, name: str) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+    return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def _from_jsonl(text: str, name: str) -> list[Prompt]:
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -80,15 +81,21 @@ def _from_jsonl(text: str, name: str) -> list[Prompt]:
 
 
 def _from_csv(text: str, name: str) -> list[Prompt]:
-    return [_from_row(row, f"'{name}' row {number}") for number, row in enumerate(csv.DictReader(text.splitlines()), 1)]
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"'{name}' is not a table of comma-separated values: {error}. Is a quote left open?") from error
+    return [_from_row(row, f"'{name}' row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _from_row(row, place: str) -> Prompt:
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
-    meta = row.get("metadata")
-    return Prompt(text.strip(), row.get("negative_prompt") or "", tuple(meta.items()) if isinstance(meta, dict) else ())
+    meta, negative = row.get("metadata"), row.get("negative_prompt") or ""
+    if not isinstance(negative, str):
+        raise UserError(f"{place} has a `negative_prompt` that is not text: {negative!r}. Put it in quotes.")
+    return Prompt(" ".join(text.split()), negative, tuple(meta.items()) if isinstance(meta, dict) else ())
 
 
 READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
@@ -96,7 +103,10 @@ READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
 
 def split(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """(train, held out): every tenth distinct prompt is kept out of training; below ten, all serve both (with other noise)."""
-    distinct = list(dict.fromkeys(prompts))
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:  # metadata may hold lists, which have no hash
+        unique.setdefault(repr(prompt), prompt)
+    distinct = list(unique.values())
     if len(distinct) < 10:
         return distinct, distinct
     return [p for i, p in enumerate(distinct) if i % 10 != 9], distinct[9::10]

@@ -20,7 +20,7 @@ from rich.console import Console
 from tropism.core import UserError
 from tropism.run.optimiser import is_main
 from tropism.run.progress import Progress
-from tropism.run.trackers import Trackers
+from tropism.run.trackers import Trackers, check
 
 try:
     import fcntl
@@ -41,6 +41,8 @@ PRODUCTS = (
     "report.html",
     "README.md",
     "logs",
+    "samples",
+    "weights",
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -85,6 +87,7 @@ class Recorder:
         self.active, self._lock = is_main(), None
         if not self.active:
             return
+        check(trackers)
         _prepare(self.out, resume, overwrite)
         self._lock = _locked(self.out / ".lock")
         if overwrite and not resume:
@@ -153,10 +156,10 @@ def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, but a run needs a folder. Choose another --out.")
     filled = out.exists() and any(p.name != ".lock" for p in out.iterdir())
-    if filled and overwrite and not (out / "env.json").exists():
+    begun = filled and {p.name for p in out.iterdir()} <= {".lock", "config.yaml"}  # killed between its first two files
+    if filled and (overwrite or resume) and not begun and not (out / "env.json").exists():
         raise UserError(
-            f"The folder {out} was not written by a run (it has no env.json), so --overwrite leaves it alone. "
-            "Choose another --out."
+            f"The folder {out} was not written by a run (it has no env.json), so it is left alone. Choose another --out."
         )
     if filled and not (resume or overwrite):
         raise UserError(

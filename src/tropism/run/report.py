@@ -28,7 +28,7 @@ class Finished:
     base: what the model is called; load: the Python expression that gives a diffusers pipeline its weights
     ("'folder'").
     rewards: weight by reward name. prompts: those trained on. before, after: the same prompts and seeds. lines:
-    metrics.jsonl.
+    metrics.jsonl. adapter: whether lora/ holds the result, else weights/trained.safetensors does.
     """
 
     method: str
@@ -44,6 +44,7 @@ class Finished:
     after: Evaluation
     lines: list[dict[str, Any]]
     limits: list[str] = field(default_factory=list)
+    adapter: bool = True
 
 
 @dataclass(frozen=True)

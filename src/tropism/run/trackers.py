@@ -13,16 +13,21 @@ from tropism.core import UserError
 NAMES = ("tensorboard", "wandb")
 
 
+def check(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is unknown or not installed."""
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"Unknown tracker '{name}'; there are {', '.join(NAMES)}. Try --trackers tensorboard.")
+        if find_spec(name) is None:
+            raise UserError(f"Tracker '{name}' is not installed. Install it: pip install {name}")
+
+
 class Trackers:
-    """The trackers asked for by name. Raises UserError for an unknown one or one that is not installed."""
+    """The trackers asked for by name, checked before."""
 
     def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any], say: Callable[[str], None]):
         self.say, self.live = say, {}
         for name in names:
-            if name not in NAMES:
-                raise UserError(f"Unknown tracker '{name}'; there are {', '.join(NAMES)}. Try --tracker tensorboard.")
-            if find_spec(name) is None:
-                raise UserError(f"Tracker '{name}' is not installed. Install it: pip install {name}")
             self._guard(name, lambda name=name: self.live.update({name: _started(name, out, config)}))
 
     def log(self, row: Mapping[str, Any]) -> None:
