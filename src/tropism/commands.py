@@ -284,13 +284,13 @@ def demo(
 
 
 DEMO: dict[str, Any] = {
-    "updates": 30,
+    "updates": 24,
     "batch": 16,
-    "lr": 3e-3,
+    "lr": 2e-3,
     "ema": 0.9,
     "rank": 16,
     "targets": lora.EVERY_LAYER,
-    "options": {"truncation": "2", "drift": 0.06},
+    "options": {"truncation": "2", "drift": 0.1},
 }
 """Adapters on every layer: grain is drawn by the convolutions, and adapters on the attention alone cannot take it away."""
 
