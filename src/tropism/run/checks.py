@@ -24,7 +24,9 @@ def not_negative(**numbers: float) -> None:
     """Raises UserError for a setting that is negative or not finite."""
     for name, value in numbers.items():
         if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{name} is {value}; it must be a finite number of at least 0. Leave --{name} out.")
+            raise UserError(
+                f"{name} is {value}; it must be a finite number of at least 0. Leave --{name.replace('_', '-')} out."
+            )
 
 
 def has_graph(loss: Tensor, update: int) -> None:
