@@ -14,11 +14,10 @@ from matplotlib import pyplot
 
 from tropism.commands import Run, align
 from tropism.models.lora import EVERY_LAYER
-from tropism.rewards.jpeg import true_bytes
+from tropism.rewards.jpeg import bytes_above_flat
 from tropism.run.evaluate import Evaluation
 from tropism.worlds import shapes, taste
 
-FLAT = 690
 matplotlib.use("Agg")
 SAMPLING = {"steps": 8, "guidance": 2.0}
 CHAIN = {**SAMPLING, "truncation": "2"}
@@ -38,7 +37,7 @@ def measures(found: Evaluation) -> dict[str, float]:
     read = shapes.read(found.images)
     right = shapes.accuracy(found.images, found.prompts)
     return {
-        "bytes above flat": true_bytes(found.images).double().mean().item() - FLAT,
+        "bytes above flat": bytes_above_flat(found.images).double().mean().item(),
         **{f"accuracy {k}": v.mean().item() for k, v in right.items()},
         "entropy background": entropy([r.background for r in read]),
         "entropy colour": entropy([r.colour for r in read]),

@@ -16,8 +16,11 @@ from tiny import tiny_pipeline
 
 from tropism import cli, commands
 from tropism.core import UserError
+from tropism.models import lora
+from tropism.rewards.jpeg import true_bytes
 from tropism.run import products
 from tropism.run.evaluate import evaluate
+from tropism.worlds import shapes, taste
 
 SMALL = {
     "updates": 2,
@@ -45,7 +48,6 @@ def mine(tmp_path):
         "def nan(images, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n"
         "def constant(images, batch):\n    return 0 * images.mean((1, 2, 3)) + 1\n"
         "def mean(images, batch):\n    return images.mean()\n"
-        "def broken(images, batch):\n    raise RuntimeError('no')\n"
     )
     return tmp_path
 
@@ -81,9 +83,79 @@ def test_a_folder_a_function_and_a_file_give_a_run_folder(folder, mine):
     assert [r["update"] for r in rows] == [0, 1, 2, 3]
     assert rows[1]["calls"] == {"forward": 12, "recompute": 8, "backward": 8, "decode": 2, "reward": 2}
     assert rows[-1]["held_out/reward"] > rows[0]["held_out/reward"]
+    assert torch.equal(run.after.columns["jpeg_kB"], true_bytes(run.after.images) / 1000)
     page = (mine / "run" / "report.html").read_text()
     assert "<script" not in page
     assert "a cat" in page
+
+
+def test_every_setting_of_the_loop_reaches_it(folder, mine, monkeypatch):
+    given = {
+        "updates": 7,
+        "lr": 0.02,
+        "weight_decay": 0.3,
+        "clip": 0.4,
+        "ema": 0.5,
+        "schedule": "cosine",
+        "seed": 6,
+        "micro_batch": 1,
+        "checkpoint_every": 8,
+        "evaluate_every": 9,
+    }
+    reached = {}
+
+    def stopped(*_, **settings):
+        reached.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(commands, "fit", stopped)
+    with pytest.raises(InterruptedError):
+        align(folder, mine, **given)
+    assert {name: reached[name] for name in given} == given
+
+
+def test_an_adapter_that_draws_something_else_is_no_success(folder, mine, monkeypatch):
+    save = lora.save
+
+    def damaged(model, out):
+        with torch.no_grad():
+            next(iter(model.trainable().values())).mul_(3)
+            file = save(model, out)
+            next(iter(model.trainable().values())).div_(3)
+        return file
+
+    monkeypatch.setattr(lora, "save", damaged)
+    with pytest.raises(UserError, match="does not draw what the model in memory draws"):
+        align(folder, mine, lr=0.3)
+
+
+def test_the_bundled_world_is_judged_by_its_parser_and_its_hidden_rule(mine, monkeypatch):
+    monkeypatch.setattr(commands, "DEMO", {**commands.DEMO, "updates": 1, "batch": 2, "evaluate_prompts": 3})
+    found = commands.demo(mine / "demo", threads=1).after
+    assert torch.equal(found.columns["parser/all"], shapes.accuracy(found.images, found.prompts)["all"])
+    torch.testing.assert_close(found.columns["gold_taste"], taste.gold(found.images))
+
+
+def test_a_dry_run_says_what_it_found_and_writes_nothing(folder, mine, capsys):
+    assert align(folder, mine, dry_run=True) is None
+    assert "2 prompts to train on, 2 held out" in capsys.readouterr().out
+    assert not (mine / "run").exists()
+
+
+@pytest.mark.parametrize("reward", ["shapes-count", "shapes-alignment", "jpeg=0.3"])
+def test_prompts_a_reward_cannot_score_are_found_before_anything_is_written(mine, reward):
+    rewards = [reward, "shapes-count=2"] if reward.startswith("jpeg") else [reward]
+    with pytest.raises(UserError, match="'a cat' is not a prompt of the shapes world"):
+        commands.align(
+            "alignprop", model="shapes", reward=rewards, prompts=mine / "prompts.txt", out=mine / "run", **SMALL
+        )
+    assert not (mine / "run").exists()
+
+
+def test_a_run_is_resumed_with_the_prompts_it_was_begun_with(folder, mine):
+    align(folder, mine, updates=1)
+    with pytest.raises(UserError, match="begun with 2 held-out prompts, now there are 1"):
+        align(folder, mine, evaluate_prompts=1, resume=True)
 
 
 def test_the_adapter_loads_in_a_plain_pipeline(folder, mine):
@@ -214,6 +286,7 @@ def test_rewards_that_cannot_teach(folder, mine, reward, says):
         ({"options": {"stepz": 3}}, "Did you mean 'steps'"),
         ({"dtype": "float8"}, "float32"),
         ({"device": "cuda"}, "no GPU"),
+        ({"device": "meta"}, "no device 'meta'"),
         ({"updates": 0}, "at least 1"),
         ({"options": {"hinge": 1.0, "target": 1.0}}, "one loss"),
     ],

@@ -36,7 +36,7 @@ class ToyModel:
         self.w1, self.w2, self.read = make(18, 18) / 4, make(18, 18) / 4, make(3 * 16, 18) / 8
         self.a, self.b = nn.Parameter(make(18, 4) / 4), nn.Parameter(make(4, 18) / 4)
         self.process, self.prediction = VP(table(), "leading", 0, eta, final), prediction
-        self.calls, self.on = {"network": 0, "decode": 0}, True
+        self.calls, self.on = {"network": 0, "backward": 0, "decode": 0}, True
 
     def encode(self, batch, draw=None):
         return ToyCond(torch.tensor([[float(len(p) % 7) / 7] for p in batch.prompts], dtype=torch.float64))
@@ -47,10 +47,11 @@ class ToyModel:
     def _net(self, x, t, c):
         w1 = self.w1 + (self.a @ self.b if self.on else 0)
         t = torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1) / 100
-        return (torch.tanh(x.flatten(1) @ w1.T + c + t) @ self.w2.T).reshape(x.shape)
+        out = (torch.tanh(x.flatten(1) @ w1.T + c + t) @ self.w2.T).reshape(x.shape)
+        core.count_rows(self.calls, out, len(x))
+        return out
 
     def predict(self, x_t, t, cond, guidance):
-        self.calls["network"] += len(x_t) * (1 if guidance == 1 else 2)
         conditional = self._net(x_t, t, cond.text)
         if guidance == 1:
             return conditional

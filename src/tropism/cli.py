@@ -229,7 +229,7 @@ def main() -> None:
     from tropism.core import UserError
     from tropism.run.signals import Interrupted
 
-    if sys.argv[1:2] in (["align"], ["demo"], ["mix"]):
+    if sys.argv[1:2] == ["align"]:
         _register()
     try:
         app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.console import Console
 
 from tropism.align.alignprop import alignprop
 from tropism.core import Info, Model, Reward, UserError, name_of
@@ -20,9 +19,9 @@ from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
 from tropism.rewards.combine import weighted
-from tropism.rewards.load import load_rewards, require_gradient
+from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
-from tropism.run.checks import at_least_one, not_negative
+from tropism.run.checks import at_least_one, known, not_negative, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.optimiser import schedule_of
@@ -34,7 +33,6 @@ METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
 DEFAULTS = {"shapes": {"steps": 8, "guidance": 2.0}}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,24 +54,16 @@ class Run:
 
 def options_of(method: str | Callable) -> dict[str, inspect.Parameter]:
     """An algorithm's own hyperparameters: the keyword arguments of its function."""
-    function = METHODS[_known(method, METHODS, "method")] if isinstance(method, str) else method
+    function = METHODS[known(method, METHODS, "method")] if isinstance(method, str) else method
     return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
 
 
-def _known(name: str, choices: Mapping | Sequence, what: str) -> str:
-    if name in choices:
-        return name
-    near = difflib.get_close_matches(name, choices, 1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise UserError(f"There is no {what} '{name}'.{hint} Known: {', '.join(choices)}.")
-
-
 def _resolved(method: str, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = options_of(method)
+    available = options_of(method)
     for name in options:
-        _known(name, known, f"option of {method}")
+        known(name, available, f"option of {method}")
     own = DEFAULTS.get(model, {}) if isinstance(model, str) else {}
-    return {n: options.get(n, own.get(n, p.default)) for n, p in known.items()}
+    return {n: options.get(n, own.get(n, p.default)) for n, p in available.items()}
 
 
 def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
@@ -89,20 +79,6 @@ def _spelled(reward: Reward | str | Sequence[Reward | str]) -> list[str]:
     """The reward as the user wrote it; objects under their names."""
     parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     return [p if isinstance(p, str) else name_of(p) for p in parts]
-
-
-def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
-    """Thread count, device and dtype of a command, checked."""
-    _known(dtype, DTYPES, "dtype")
-    at_least_one(threads=threads)
-    if threads:
-        torch.set_num_threads(threads)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("The device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu.")
-    try:
-        return torch.device(device), DTYPES[dtype]
-    except RuntimeError as error:
-        raise UserError(f"There is no device {device!r}. Use cpu, cuda or cuda:1.") from error
 
 
 # ---------------------------------------------------------------------------------------------------- align
@@ -169,9 +145,10 @@ def align(
     )
     train, held = train_and_held_out(prompts, held_out, model)
     held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
+    check_prompts(reward_, [p.text for p in train + held])
     _check_chain(model_, method, hyper, evaluate_steps)
     if dry_run:
-        return None
+        return _say_ready(model_, reward_, train, held)
     config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         _say_too_long(recorder, model_, train + held)
@@ -215,6 +192,14 @@ def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | Non
 def _say_too_long(recorder: Recorder, model: Model, prompts: Sequence[Prompt]) -> None:
     for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in prompts}))[:5]:
         recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
+
+
+def _say_ready(model: Model, reward: Reward, train: Sequence[Prompt], held: Sequence[Prompt]) -> None:
+    numbers = sum(p.numel() for p in model.trainable().values())
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"Everything is in order: reward {name_of(reward)}, {len(train)} prompts to train on, {len(held)} held out, "
+        f"{numbers:,} numbers to train. Nothing was written; run it again without --dry-run."
+    )
 
 
 def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, Any]):
@@ -318,7 +303,9 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
     if not isinstance(loaded, StableDiffusion):
         raise UserError(f"{model} is not a Stable Diffusion pipeline, and only their adapters can be mixed.")
     mixing.mix(loaded, parts)
-    return lora.save(loaded, out)
+    file = lora.save(loaded, out)
+    lora.verify(loaded, out)
+    return file
 
 
 def _adapter(folder: str) -> Path:
@@ -335,7 +322,7 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     from tropism.run import pretrain as generator
     from tropism.run import pretrain_loop, pretrain_rewards
 
-    _known(world, BUNDLED, "world")
+    known(world, BUNDLED, "world")
     set_up("cpu", "float32", threads)
     lengths = pretrain_loop.QUICK if quick else pretrain_loop.Lengths()
     vae, tokenizer = generator.shapes_world(Path(out), lengths)

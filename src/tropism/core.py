@@ -38,6 +38,7 @@ __all__ = [
     "Stream",
     "UserError",
     "clamp",
+    "count_rows",
     "gather",
     "generator",
     "in_pieces",
@@ -279,6 +280,17 @@ class _Clamp(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         outside = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))
         return gradient.masked_fill(outside, 0)
+
+
+def count_rows(calls: dict[str, int], out: Tensor, rows: int) -> None:
+    """Count `rows` through a network whose output is `out` as calls["network"], and as "backward" once a gradient comes back."""
+    calls["network"] = calls.get("network", 0) + rows
+
+    def count(_: Tensor) -> None:
+        calls["backward"] = calls.get("backward", 0) + rows
+
+    if out.requires_grad:
+        out.register_hook(count)
 
 
 def clamp(x: Tensor) -> Tensor:

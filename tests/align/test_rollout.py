@@ -34,9 +34,9 @@ def flat(gradient):
     return torch.cat([g.flatten() for g in gradient])
 
 
-def drift(model):
+def drift(model, detach=False):
     def penalty(x_t, out, t, cond):
-        with model.base():
+        with model.base(), torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             return 0.3 * (out - model.predict(x_t, t, cond, 3.0)).pow(2).flatten(1).sum(1)
 
     return penalty
@@ -227,11 +227,14 @@ def test_only_recomputed_steps_see_a_graph_and_no_call_is_larger_than_a_piece(si
     assert model.seen == [(n, False) for n in pieces for _ in range(N)] + [(n, True) for _ in range(3) for n in pieces]
 
 
-def test_the_drift_penalty_costs_k_more_rows():
+@pytest.mark.parametrize(("detach", "backward"), [(False, 2), (True, 1)])
+def test_the_drift_penalty_costs_k_more_rows(detach, backward):
+    """The base runs beside every active step; a detached one is not walked back through."""
     model = ToyModel()
-    c, x = chain(model, SETS["suffix"], step_loss=drift(model))
+    c, x = chain(model, SETS["suffix"], step_loss=drift(model, detach))
     rows = sweep(c, x, lambda r: -r, [model.a]).rows
     assert rows["recompute"] == 2 * 2 * len(x) * 3
+    assert rows["backward"] == backward * 2 * len(x) * 3
 
 
 def test_surrogate_has_the_value_and_exactly_the_gradient():

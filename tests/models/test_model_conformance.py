@@ -176,7 +176,9 @@ def test_rows_are_counted(make):
     model.predict(x, 501.0, cond, 1.0)
     model.predict(x, 501.0, cond, 2.0)
     model.decode(x[:2])
-    assert model.calls == {"network": 9, "decode": 2}
+    assert model.calls == {"network": 9, "backward": 0, "decode": 2}
+    model.predict(x, 501.0, cond, 2.0).sum().backward()
+    assert model.calls == {"network": 15, "backward": 6, "decode": 2}
 
 
 def test_kernel_is_one_network_call_and_takes_a_prediction(make):
@@ -239,6 +241,9 @@ def test_checkpointing_recomputes(make, monkeypatch):
     model.predict(x, 501.0, cond, 1.0).sum().backward()
     assert ran.count("mid") == 1
     assert ran.count("inside") == 2
+    model.vae.decoder.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: ran.append("decoder"))
+    model.decode_raw(x.requires_grad_()).sum().backward()
+    assert ran.count("decoder") == 2
 
 
 def test_full_fine_tuning(make):

@@ -1,10 +1,12 @@
 """The run folder: whose it is, what it says, and trackers that may fail."""
 
+import errno
 import io
 import json
 import os
 import platform
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -56,6 +58,15 @@ def test_a_run_killed_between_its_first_files_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text("{}\n")
     recorder(tmp_path, resume=True).close()
     assert (tmp_path / "env.json").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        recorder(tmp_path / "run")
 
 
 def test_a_refused_tracker_leaves_no_lock(tmp_path):

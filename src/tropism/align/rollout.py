@@ -174,7 +174,7 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], mic
         scores[rows.start] = _score(chain[rows], ends[rows], loss)
 
     size = in_pieces(forward, len(x), size)
-    rows = {"forward": network.rows()}
+    rows = {"forward": network.rows("network")}
     size = in_pieces(score, len(x), size)
     rewards, gradient, parts, images, alive = _joined([scores[k] for k in sorted(scores)])
     above = gradient * _slope(loss, rewards).abs().to(gradient).reshape(-1, *[1] * (x.ndim - 1))
@@ -208,8 +208,8 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], mic
             result.gradient = [a + g for a, g in zip(result.gradient, total, strict=True)]
         above = below
         states.pop(i)
-    again = network.rows()
-    result.rows, result.piece = {**rows, "recompute": again, "backward": again}, size
+    result.rows = {**rows, "recompute": network.rows("network"), "backward": network.rows("backward")}
+    result.piece = size
     return result
 
 
@@ -238,7 +238,7 @@ def plain(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor]) -> 
         images.detach(),
         extra.detach(),
         has_graph=alive,
-        rows={"forward": network.rows()},
+        rows={"forward": network.rows("network"), "backward": network.rows("backward")},
     )
 
 
@@ -259,13 +259,13 @@ def _joined(pieces: list[tuple]):
 
 
 class _Counter:
-    """Rows through the network since the last look."""
+    """Rows through the network, and gradients back through it, since the last look."""
 
     def __init__(self, model: Model):
-        self.calls, self.seen = getattr(model, "calls", {}), 0
-        self.rows()
+        self.calls: dict[str, int] = getattr(model, "calls", {})
+        self.seen = dict(self.calls)
 
-    def rows(self) -> int:
-        now = self.calls.get("network", 0)
-        self.seen, passed = now, now - self.seen
-        return passed
+    def rows(self, kind: str) -> int:
+        now, before = self.calls.get(kind, 0), self.seen.get(kind, 0)
+        self.seen[kind] = now
+        return now - before

@@ -47,7 +47,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class StableDiffusion:
-    """A text-to-image latent diffusion model. `load` makes one; `calls` counts rows through "network" and "decode"."""
+    """A text-to-image latent diffusion model. `load` makes one; `calls` counts rows through "network", "backward" and "decode"."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class StableDiffusion:
         """Takes the parts of a StableDiffusionPipeline, already on their device and in their dtype; see `load`."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
         self.source, self.lora, self.full = source, lora, full
-        self.calls = {"network": 0, "decode": 0}
+        self.calls = {"network": 0, "backward": 0, "decode": 0}
         config = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
         self.process, self.prediction = schedule.process(config, eta), schedule.prediction_of(config)
         self.dtype, self.device = self.vae.dtype, self.vae.device
@@ -213,8 +213,8 @@ class StableDiffusion:
         return free + guidance * (conditional - free)
 
     def _network(self, x: Tensor, times: Tensor, text: Tensor) -> Tensor:
-        self.calls["network"] += len(x)
         out = self.unet(x.to(self._network_dtype), times, text.to(self._network_dtype)).sample
+        core.count_rows(self.calls, out, len(x))
         return out.to(torch.promote_types(out.dtype, _wide(x.dtype)))
 
     def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor) -> Tensor:

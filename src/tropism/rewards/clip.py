@@ -65,19 +65,21 @@ class Clip:
         # One prompt a call: its bits must not depend on its company, for a resumed run starts with an empty cache.
         key = (prompt, at_least_float32(like), like.device)
         if key not in self._texts:
-            tokens = self.tokenizer([prompt], return_tensors="pt")
-            self._check_length(prompt, tokens["input_ids"].shape[1])
-            tokens = {name: tokens[name].to(like.device) for name in ("input_ids", "attention_mask")}
+            tokens = {name: t.to(like.device) for name, t in self.tokens(prompt).items()}
             features = pooled(self.frozen.like(like).get_text_features(**tokens))
             self._texts[key] = F.normalize(features, dim=-1)[0]
         return self._texts[key]
 
-    def _check_length(self, prompt: str, length: int) -> None:
+    def tokens(self, prompt: str) -> dict[str, Tensor]:
+        """input_ids and attention_mask (1, length) of one prompt. Raises UserError above what this CLIP reads."""
+        tokens = self.tokenizer([prompt], return_tensors="pt")
+        length = tokens["input_ids"].shape[1]
         if length > self.longest:
             raise UserError(
                 f"The prompt {prompt[:60]!r}... has {length} tokens; this CLIP reads {self.longest} and "
                 "would ignore the rest. Shorten the prompt."
             )
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
 def pooled(features: Any) -> Tensor:
@@ -102,6 +104,13 @@ class ClipScore:
 
     def __init__(self, clip: Clip, name: str = "clip", contrast: Contrast | None = None, scale: float = 100.0):
         self.clip, self.name, self.contrast, self.scale = clip, name, contrast, scale
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError for a prompt that is too long or has no contrast, before anything is drawn."""
+        for prompt in prompts:
+            self.clip.tokens(prompt)
+            if self.contrast is not None:
+                self.contrast(prompt)
 
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
         seen = self.clip.images(samples)

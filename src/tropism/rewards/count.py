@@ -92,6 +92,10 @@ class Count:
         """Predicted number of objects (B,), at least 0, of pictures (B, 3, 64, 64) in [0, 1]."""
         return self.frozen.like(samples)(samples.to(at_least_float32(samples))).sum((1, 2, 3))
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError for a prompt of another world, before anything is drawn."""
+        _wanted(prompts)
+
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
         counts = self.counts(samples)
         return -F.huber_loss(counts, counts.new_tensor(_wanted(batch.prompts)), reduction="none")

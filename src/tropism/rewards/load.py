@@ -82,6 +82,12 @@ def _users(place: str) -> Reward:
     return Named(name_of(function), is_differentiable(function), function)
 
 
+def check_prompts(reward: Reward, prompts: list[str]) -> None:
+    """Raises UserError if a part of this reward, by its own `check_prompts`, cannot score one of the prompts."""
+    for part, _ in getattr(reward, "terms", ((reward, 1.0),)):
+        getattr(part, "check_prompts", lambda _: None)(prompts)
+
+
 def require_gradient(reward: Reward, method: str) -> None:
     """Raises UserError if `method` ("align alignprop") needs a gradient that this reward does not have."""
     if is_differentiable(reward):

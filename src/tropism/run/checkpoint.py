@@ -40,14 +40,6 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()
 
 
-def slug(name: str) -> str:
-    """A safe file name for any text: at most 60 of [a-z0-9._-], never hidden; a hash is added where letters were lost."""
-    clean = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:60]
-    if clean == name and clean:
-        return clean
-    return f"{clean or 'unnamed'}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:8]}"
-
-
 # ---------------------------------------------------------------------------------------------------- writing
 
 
@@ -55,7 +47,7 @@ def save(folder: Path, update: int, tensors: dict[str, dict[str, Tensor]], value
     """Write `folder`/step-NNNNNN atomically and keep the newest `keep` of them.
 
     tensors: {"weights": {name: tensor}, ...}, one safetensors file each. values: JSON values, in state.json.
-    Raises OSError (for example a full disk); older checkpoints are then untouched and the half-written one is removed.
+    Raises OSError or SafetensorError (for example a full disk); older checkpoints are then untouched and the half-written one is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
@@ -87,12 +79,7 @@ def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], values: di
 def _write_tensors(path: Path, group: dict[str, Tensor]) -> None:
     assert _FILE.fullmatch(path.name), path.name
     copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in group.items()}
-    try:
-        save_file(copies, path)
-    except SafetensorError as error:  # it reports a full disk in words only
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(ENOSPC, os.strerror(ENOSPC), str(path)) from error
-        raise
+    save_file(copies, path)
     with path.open("rb") as f:
         os.fsync(f.fileno())
 
@@ -190,16 +177,18 @@ def _verified(step: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- full disk
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an OSError means that the disk, or the user's share of it, is full."""
-    return error.errno in (ENOSPC, EDQUOT)
+def is_full(error: OSError | SafetensorError) -> bool:
+    """Whether an error means that the disk, or the user's share of it, is full; safetensors says so in words only."""
+    if isinstance(error, OSError):
+        return error.errno in (ENOSPC, EDQUOT)
+    return any(words in str(error) for words in (f"os error {ENOSPC}", f"os error {EDQUOT}", "No space left"))
 
 
-def full_disk(folder: Path, error: OSError) -> UserError:
+def full_disk(folder: Path, error: OSError | SafetensorError) -> UserError:
     """The one message a full disk gets; what was complete before stays on the disk."""
     kept = next((p.name for p in _steps(folder)), None)
     return UserError(
-        f"No space left on the disk while writing {error.filename or folder}. The run stopped; "
+        f"No space left on the disk while writing {getattr(error, 'filename', None) or folder.parent}. The run stopped; "
         + (
             f"the checkpoint {kept} and all metrics before it are kept. "
             if kept

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,34 @@ from torch import Tensor
 from tropism.core import Info, UserError
 
 _METHODS = "or take a method that needs no gradient (align ddpo, guide svdd: planned, not built yet)"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+
+
+def known(name: str, choices: Mapping | Sequence, what: str) -> str:
+    """The name itself. Raises UserError with the nearest choice if it is none of them."""
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(name, choices, 1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"There is no {what} '{name}'.{hint} Known: {', '.join(choices)}.")
+
+
+def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
+    """Thread count, device and dtype of a command, checked."""
+    known(dtype, DTYPES, "dtype")
+    at_least_one(threads=threads)
+    if threads:
+        torch.set_num_threads(threads)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("The device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu.")
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"There is no device {device!r}. Use cpu, cuda or cuda:1.") from error
+    return place, DTYPES[dtype]
 
 
 def at_least_one(**numbers: int | None) -> None:

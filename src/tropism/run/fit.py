@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tropism.core import Batch, Info
@@ -197,7 +198,7 @@ def _leave_if_asked(stop: Stop, run: _Run, updates: int) -> None:
 def _full_disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if checkpoint.is_full(error):
             raise checkpoint.full_disk(folder, error) from error
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tropism.core import Model, Reward, name_of
+from tropism.core import Model, Reward, UserError, name_of
 from tropism.models import lora
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
@@ -69,6 +71,17 @@ class Judge:
         )
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
+        if self.file.exists():
+            self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        with safe_open(self.file, "pt") as f:
+            begun = json.loads((f.metadata() or {}).get("prompts", "[]"))
+        if begun != self.prompts:
+            raise UserError(
+                f"This run was begun with {len(begun)} held-out prompts, now there are {len(self.prompts)} or others; before "
+                "and after would not compare. Resume with the same --held-out and --evaluate-prompts."
+            )
 
     @property
     def before(self) -> Evaluation:
@@ -102,7 +115,9 @@ class Judge:
         }
         if found.diversity is not None:
             tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
-        save_file(tensors, self.file)
+        temporary = self.file.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"prompts": json.dumps(self.prompts)})
+        temporary.replace(self.file)
 
 
 @dataclass

@@ -88,14 +88,15 @@ class Recorder:
         if not self.active:
             return
         check(trackers)
-        _prepare(self.out, resume, overwrite)
-        self._lock = _locked(self.out / ".lock")
-        if overwrite and not resume:
-            _remove_products(self.out)
-        self.config, self.environment = dict(config), environment()
-        self.remarks = _differences(self.out, self.config, self.environment) if resume else []
-        _write(self.out / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-        _write(self.out / "env.json", json.dumps(self.environment, indent=1) + "\n")
+        with _writable(self.out):
+            _prepare(self.out, resume, overwrite)
+            self._lock = _locked(self.out / ".lock")
+            if overwrite and not resume:
+                _remove_products(self.out)
+            self.config, self.environment = dict(config), environment()
+            self.remarks = _differences(self.out, self.config, self.environment) if resume else []
+            _write(self.out / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            _write(self.out / "env.json", json.dumps(self.environment, indent=1) + "\n")
         self.trackers = Trackers(trackers, self.out, self.config, self.say)
 
     @contextmanager
@@ -152,6 +153,16 @@ class Recorder:
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The folder {out} cannot be written: {error.strerror}. Free some space, or choose another --out."
+        ) from error
+
+
 def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, but a run needs a folder. Choose another --out.")
@@ -166,10 +177,7 @@ def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
             f"The folder {out} is not empty, and a run never writes over another. Add --resume to go on with it, "
             "--overwrite to replace it, or choose another --out."
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {out} cannot be made: {error.strerror}. Choose another --out.") from error
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _locked(path: Path) -> int:
