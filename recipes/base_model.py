@@ -5,10 +5,10 @@ Run: python recipes/base_model.py
 """
 
 import torch
-from study import FLAT, HELD_OUT, entropy, options
+from study import HELD_OUT, entropy, options
 
 from tropism.models.load import load_model
-from tropism.rewards.jpeg import compressibility, true_bytes
+from tropism.rewards.jpeg import bytes_above_flat, compressibility
 from tropism.run.evaluate import evaluate
 from tropism.worlds import shapes
 
@@ -35,7 +35,7 @@ def main():
             right = shapes.accuracy(found.images, found.prompts)
             rows.append(
                 [right[k].mean().item() for k in ("count", "shape", "colour", "background", "all")]
-                + [true_bytes(found.images).double().mean().item() - FLAT]
+                + [bytes_above_flat(found.images).double().mean().item()]
             )
         mean, spread = torch.tensor(rows).mean(0), torch.tensor(rows).std(0)
         cells = [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in zip(mean[:5], spread[:5], strict=True)]
@@ -44,10 +44,10 @@ def main():
     read = shapes.read(found.images)
     known = [i for i, scene in enumerate(read) if scene.background]
     bare = torch.stack([flattened(found.images[i], read[i]) for i in known])
-    above = true_bytes(found.images[known]).double().mean().item() - FLAT
+    above = bytes_above_flat(found.images[known]).double().mean().item()
     print(
         f"share of a base picture's bytes above flat that is background texture: "
-        f"{1 - (true_bytes(bare).double().mean().item() - FLAT) / above:.2f}"
+        f"{1 - (bytes_above_flat(bare).double().mean().item()) / above:.2f}"
     )
     print(
         f"entropy over prompts: background {entropy([s.background for s in read]):.2f} bits, "
