@@ -20,7 +20,7 @@ test: $(BIN)/.made
 
 lint: $(BIN)/.made
 	$(BIN)/python -m pip install -q ruff==0.14.0 pyright==1.1.406
-	$(BIN)/ruff check src tests recipes
+	$(BIN)/ruff check src tests recipes benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(BIN)/.made
