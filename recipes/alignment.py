@@ -9,7 +9,7 @@ from study import CHAIN, followed, options
 
 def main():
     chain = {**CHAIN, "truncation": "3", "drift": 0.02}
-    settings = {"updates": 90, "evaluate_every": 15, "lr": 5e-4, "ema": 0.95, "clip": 0.3}
+    settings = {"updates": 60, "evaluate_every": 15, "lr": 2e-3, "ema": 0.95}
     followed(options(), "alignment", ["shapes-alignment"], chain, key="all", **settings)
 
 

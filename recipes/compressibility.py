@@ -7,10 +7,10 @@ Run: python recipes/compressibility.py
 
 import matplotlib
 import torch
-from study import CHAIN, HELD_OUT, WIDE, measures, options, runs, table
+from study import CHAIN, HELD_OUT, LAST, WIDE, measures, options, runs, table
 
 matplotlib.use("Agg")
-GUARDED = ["jpeg=1.5", "shapes-alignment=0.5", "shapes-count=1"]
+GUARDED = ["jpeg=2", "shapes-alignment=0.7", "shapes-count=1.3"]
 
 
 def figure(file, columns: dict[str, torch.Tensor], rows: list[int]) -> None:
@@ -31,7 +31,7 @@ def figure(file, columns: dict[str, torch.Tensor], rows: list[int]) -> None:
 
 def main():
     run = options()
-    guarded, slow = runs(run, "guarded", GUARDED, {**CHAIN, "drift": 0.3}, **WIDE, updates=110)
+    guarded, slow = runs(run, "guarded", GUARDED, LAST, **WIDE, updates=120)
     erased, fast = runs(run, "unguarded", ["jpeg=1.5"], CHAIN, **WIDE, updates=40)
     for name, done, seconds in (("guarded", guarded, slow), ("unguarded", erased, fast)):
         found = [[measures(e) for e in side] for side in zip(*((d.before, d.after) for d in done), strict=True)]

@@ -18,7 +18,7 @@ GUARDED = {**CHAIN, "drift": 0.3}
 RUNS = {
     "compress": (["jpeg=1.5"], 30),
     "align": (["shapes-alignment"], 40),
-    "joint": (["jpeg=1.5", "shapes-alignment=0.8"], 60),
+    "joint": (["jpeg=1", "shapes-alignment=1"], 50),
 }
 
 

@@ -21,6 +21,8 @@ from tropism.worlds import shapes, taste
 matplotlib.use("Agg")
 SAMPLING = {"steps": 8, "guidance": 2.0}
 CHAIN = {**SAMPLING, "truncation": "2"}
+LAST = {**SAMPLING, "truncation": "1", "drift": 0.28, "drift_detach": True}
+"""The last step alone takes the grain away and leaves what the earlier ones laid out; drift holds it to the base."""
 WIDE = {"lr": 3e-3, "ema": 0.95, "rank": 16, "targets": EVERY_LAYER}
 """Adapters on every layer: grain is drawn by the convolutions."""
 HELD_OUT = [s.prompt for s in shapes.scenes(held_out=True)]

@@ -150,9 +150,8 @@ def drawn(
     twin: "changed" draws each scene with another shape, colour or background, "odd" with some objects not what the scene
     says (see `odd_objects`); both in the same places, on the same texture.
     """
-    pool = shapes.scenes(held_out=False)
     rng = np.random.default_rng([seed, 1])
-    chosen = [pool[i] for i in rng.integers(len(pool), size=n)]
+    chosen = training_scenes(n, rng)
     if twin == "changed":
         chosen = [another(s, ("shape", "shape", "colour", "background")[rng.integers(4)], rng) for s in chosen]
     file = cache(folder, "drawn", n, seed, texture, twin)
@@ -162,6 +161,12 @@ def drawn(
         pictures = (shapes.pictures(chosen, seed, texture, odd) * 255).round().byte()
         save_file({"pictures": pictures.contiguous()}, file)
     return load_file(file)["pictures"], chosen
+
+
+def training_scenes(n: int, rng: np.random.Generator) -> list[shapes.Scene]:
+    """n random scenes that are not held out."""
+    pool = shapes.scenes(held_out=False)
+    return [pool[i] for i in rng.integers(len(pool), size=n)]
 
 
 def odd_objects(scene: shapes.Scene, rng: np.random.Generator) -> shapes.Odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tropism.align.rollout import sample
+from tropism.core import Batch, Draw, Model
+from tropism.models.load import load_model
 from tropism.rewards.aesthetic import Head, bradley_terry_loss
 from tropism.rewards.clip import MEAN, STD, clip_pixels, pooled
 from tropism.rewards.count import Counter, training_loss
 from tropism.run.pretrain import tokens
-from tropism.run.pretrain_loop import Lengths, another, cache, drawn, rows_of, train
+from tropism.run.pretrain_loop import Lengths, another, cache, drawn, rows_of, train, training_scenes
 from tropism.worlds import shapes, taste
 
 
@@ -30,6 +34,20 @@ def reconstructed(folder: Path, vae, n: int, seed: int, **kind) -> tuple[Tensor,
         pictures[::2] = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         save_file({"pictures": pictures}, file)
     return load_file(file)["pictures"], chosen
+
+
+def sampled(folder: Path, model: Model, n: int, seed: int) -> tuple[Tensor, list[shapes.Scene]]:
+    """n samples of the finished generator as uint8 (n, 3, 64, 64), cached, and what the parser reads on them."""
+    file = cache(folder, "sampled", n, seed)
+    if not file.exists():
+        batch = Batch([s.prompt for s in training_scenes(n, np.random.default_rng([seed, 1]))])
+        parts = [
+            sample(model, piece, Draw(seed, 0, piece.index), steps=8, guidance=2.0)
+            for piece in (batch[at : at + 50] for at in range(0, n, 50))
+        ]
+        save_file({"pictures": (torch.cat(parts) * 255).round().byte().contiguous()}, file)
+    pictures = load_file(file)["pictures"]
+    return pictures, shapes.read(pictures.float() / 255)
 
 
 def _shown(pictures: Tensor, rows: Tensor, rng: np.random.Generator) -> Tensor:
@@ -88,10 +106,11 @@ def _spoiled(x: Tensor, twins: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.where(kind < 0.5, between, torch.where(kind < 0.75, faded, blurred))
 
 
-def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 64):
+def train_clip(folder: Path, vae, tokenizer, model: Model, updates: int, n: int, batch: int = 64):
     """CLIP's symmetric contrastive loss, with four near misses a picture among the wrong texts and spoiled pictures among the wrong
     pictures: without them the score does not notice fading colours, half-made shapes or one object of five that is no star.
-    Half of a batch has twins, changed or with odd objects among them.
+    Half of a batch has twins, changed or with odd objects among them. A quarter is the generator's own samples under the caption that
+    the parser reads, and samples it cannot read are wrong pictures: renders alone do not show how a generator goes wrong.
     """
     torch.manual_seed(3)
     clip = new_clip(tokenizer)
@@ -99,17 +118,21 @@ def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 
     pictures, chosen = torch.cat([p for p, _ in parts]), [s for _, scenes in parts for s in scenes]
     paired, described = reconstructed(folder, vae, n // 3, 6)
     twins, odd = (reconstructed(folder, vae, n // 3, 6, twin=kind)[0] for kind in ("changed", "odd"))
+    samples, found = sampled(folder, model, n // 3, 8)
+    illegible = [i for i, s in enumerate(found) if None in astuple(s)]
+    legible = [i for i, s in enumerate(found) if None not in astuple(s) and not s.held_out]
 
     def loss(update: int) -> Tensor:
-        rows, rng = rows_of(len(chosen), batch // 2, 14, update)
+        rows, rng = rows_of(len(chosen), batch // 4, 14, update)
         twinned = torch.from_numpy(rng.integers(len(described), size=batch // 2))
-        scenes = [described[i] for i in twinned] + [chosen[i] for i in rows]
-        prompts = [s.prompt for s in scenes]
+        own, failed = (torch.from_numpy(rng.permutation(some)[: batch // 4]).long() for some in (legible, illegible))
+        scenes = [described[i] for i in twinned] + [chosen[i] for i in rows] + [found[i] for i in own]
+        prompts, right = [s.prompt for s in scenes], len(scenes)
         prompts += [another(s, a, rng).prompt for s in scenes for a in ("count", "shape", "colour", "background")]
-        x = torch.cat([_shown(paired, twinned, rng), _shown(pictures, rows, rng)])
+        x = torch.cat([_shown(paired, twinned, rng), _shown(pictures, rows, rng), _shown(samples, own, rng)])
         spoiled = _spoiled(x[: batch // 2], twins[twinned].float() / 255, rng)
         spoiled[::2] = _shown(odd, twinned[::2], rng)
-        x = clip_pixels(torch.cat([x, spoiled]), shapes.SIZE, MEAN, STD)
+        x = clip_pixels(torch.cat([x, spoiled, _shown(samples, failed, rng)]), shapes.SIZE, MEAN, STD)
         x = x.flip(3) if rng.random() < 0.5 else x
         with torch.autocast("cpu", torch.bfloat16):
             seen = pooled(clip.get_image_features(pixel_values=x)).float()
@@ -117,12 +140,12 @@ def train_clip(folder: Path, vae, tokenizer, updates: int, n: int, batch: int = 
         seen, read = F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
         logits = clip.logit_scale.exp() * seen @ read.T
         # the same prompt may stand twice in a batch: that is no wrong answer
-        same = torch.tensor([[a == b for b in prompts] for a in prompts[:batch]]) & ~torch.eye(
-            batch, len(prompts), dtype=torch.bool
+        same = torch.tensor([[a == b for b in prompts] for a in prompts[:right]]) & ~torch.eye(
+            right, len(prompts), dtype=torch.bool
         )
-        logits[:batch] = logits[:batch].masked_fill(same, -1e4)
-        answer = torch.arange(batch)
-        return 0.5 * (F.cross_entropy(logits[:batch], answer) + F.cross_entropy(logits[:, :batch].T, answer))
+        logits[:right] = logits[:right].masked_fill(same, -1e4)
+        answer = torch.arange(right)
+        return 0.5 * (F.cross_entropy(logits[:right], answer) + F.cross_entropy(logits[:, :right].T, answer))
 
     return train("clip", clip, loss, folder, updates=updates, lr=1.5e-3, ema=0.995)
 
@@ -166,5 +189,6 @@ def shapes_rewards(out: Path, vae, tokenizer, lengths: Lengths) -> None:
     """Train the three reward networks and write them beside OUT/model."""
     folder, n = out / ".train", lengths.pictures
     counter = train_counter(folder, vae, lengths.counter, n // 3)
-    clip = train_clip(folder, vae, tokenizer, lengths.clip, n)
+    model = load_model(out / "model", lora=None)
+    clip = train_clip(folder, vae, tokenizer, model, lengths.clip, n)
     save_rewards(out, counter, clip, tokenizer, train_aesthetic(folder, vae, clip, lengths.head, n // 3))
