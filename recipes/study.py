@@ -53,11 +53,12 @@ def measures(found: Evaluation) -> dict[str, float]:
 
 
 def options(seeds: str = "0,1,2") -> argparse.Namespace:
-    """--seeds, --out and --threads of a recipe."""
+    """--seeds, --out, --threads and --resume of a recipe."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default=seeds)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on with the runs that are there")
     found = parser.parse_args()
     found.seeds = [int(s) for s in found.seeds.split(",")]
     return found
@@ -79,7 +80,8 @@ def runs(
                 seed=seed,
                 out=run.out / f"{name}-{seed}",
                 options=options,
-                overwrite=True,
+                resume=run.resume,
+                overwrite=not run.resume,
                 threads=run.threads,
                 **{"batch": 16, "rank": 8, "evaluate_every": 0, "evaluate_prompts": len(HELD_OUT), **settings},
             )
