@@ -47,6 +47,7 @@ def mine(tmp_path):
         "def by_numpy(images, batch):\n    return torch.tensor(images.detach().numpy().mean((1, 2, 3)))\n"
         "def nan(images, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n"
         "def constant(images, batch):\n    return 0 * images.mean((1, 2, 3)) + 1\n"
+        "def alone(images):\n    return images.mean((1, 2, 3))\n"
         "def mean(images, batch):\n    return images.mean()\n"
     )
     return tmp_path
@@ -154,8 +155,29 @@ def test_prompts_a_reward_cannot_score_are_found_before_anything_is_written(mine
 
 def test_a_run_is_resumed_with_the_prompts_it_was_begun_with(folder, mine):
     align(folder, mine, updates=1)
-    with pytest.raises(UserError, match="begun with 2 held-out prompts, now there are 1"):
-        align(folder, mine, evaluate_prompts=1, resume=True)
+    begun = (mine / "run" / "config.yaml").read_text()
+    for change, says in (
+        ({"evaluate_prompts": 1}, "another held-out prompts"),
+        ({"reward": "constant"}, "another reward"),
+        ({"seed": 1}, "another seed"),
+        ({"evaluate_guidance": 1.0}, "another evaluation"),
+        ({"rank": 8}, "Resume with the settings"),
+    ):
+        with pytest.raises(UserError, match=says):
+            align(folder, mine, **change, resume=True)
+        assert (mine / "run" / "config.yaml").read_text() == begun
+    (mine / "run" / "samples" / "before.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        align(folder, mine, resume=True)
+
+
+def test_prompts_that_are_trained_on_are_not_called_held_out(folder, mine, capsys):
+    align(folder, mine)
+    assert "2 of 2 prompts for evaluation are trained on as well" in capsys.readouterr().out
+    assert "2 of them trained on" in (mine / "run" / "README.md").read_text()
+    apart = {"prompts": ["a cat"], "held_out": ["a dog"]}
+    commands.align("alignprop", model=str(folder), reward="jpeg", out=mine / "apart", **apart, **SMALL)
+    assert "evaluated on 1 held-out prompts" in (mine / "apart" / "README.md").read_text()
 
 
 def test_the_adapter_loads_in_a_plain_pipeline(folder, mine):
@@ -238,6 +260,8 @@ def test_mixing_two_runs(folder, mine):
 
 
 def test_mixing_writes_over_nothing(mine):
+    with pytest.raises(UserError, match="is a file"):
+        commands.mix([f"{mine}/one"], out=mine / "prompts.txt")
     (mine / "mixed").mkdir()
     (mine / "mixed" / "lora.safetensors").write_text("finished")
     for adapters, says in ((["one=nan"], "not finite"), (["one=x"], "not a number"), (["one"], "not empty")):
@@ -259,6 +283,7 @@ def test_mixing_into_what_is_no_pipeline(mine):
         ("constant", "zero"),
         ("mean", "one number per sample"),
         ("rednes", "Did you mean"),
+        ("alone", "cannot be called with"),
     ],
 )
 def test_rewards_that_cannot_teach(folder, mine, reward, says):
@@ -288,6 +313,11 @@ def test_rewards_that_cannot_teach(folder, mine, reward, says):
         ({"device": "cuda"}, "no GPU"),
         ({"device": "meta"}, "no device 'meta'"),
         ({"updates": 0}, "at least 1"),
+        ({"ema": 2.0}, "ema is 2.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"evaluate_guidance": float("nan")}, "evaluate_guidance is nan"),
+        ({"options": {"steps": 3, "guidance": float("nan")}}, "guidance is nan"),
+        ({"options": {"steps": 3, "hinge": float("nan")}}, "hinge is nan"),
         ({"options": {"hinge": 1.0, "target": 1.0}}, "one loss"),
     ],
 )
@@ -331,7 +361,8 @@ def test_hostile_prompts_stay_text(folder, mine):
     page = (mine / "run" / "report.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert not (mine.parent / "etc").exists()
+    written = [p.relative_to(mine / "run") for p in (mine / "run").rglob("*")]
+    assert not [p for p in written if "passwd" in str(p) or "script" in str(p)]  # a prompt never becomes a file's name
 
 
 def tropism(*arguments, **options):
@@ -427,4 +458,13 @@ def test_signals_save_and_leave(folder, mine, number, code):
 
 def test_every_method_option_is_a_flag():
     flags = {p.name for p in cli._flags(commands.METHODS["alignprop"], commands.BOUND)}
-    assert flags == set(commands.options_of("alignprop"))
+    assert flags == {
+        "steps",
+        "guidance",
+        "truncation",
+        "detach_input",
+        "hinge",
+        "target",
+        "drift",
+        "drift_detach",
+    }

@@ -125,7 +125,10 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
         raise UserError(f"The configuration {value} cannot be read: {error}. Give the config.yaml of a run.") from error
     if not isinstance(settings, dict):
         raise UserError(f"The configuration {value} holds no settings. Give the config.yaml of a run.")
-    flat = {**settings, **(settings.pop("options", None) or {})}
+    own = settings.pop("options", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(k, str) for k in {**settings, **own}):
+        raise UserError(f"The configuration {value} has settings without names. Give the config.yaml of a run.")
+    flat = {**settings, **own}
     known = {p.name for p in context.command.params}
     if unknown := sorted(set(flat) - known - {"method", "options"}):
         raise UserError(

@@ -21,11 +21,11 @@ from tropism.models.stable_diffusion import StableDiffusion
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
-from tropism.run.checks import at_least_one, known, not_negative, set_up
+from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.optimiser import schedule_of
-from tropism.run.products import Judge, Products
+from tropism.run.products import Judge, Products, trained_on
 from tropism.run.prompts import Prompt, batch_of, own_rows, train_and_held_out
 from tropism.run.record import Recorder
 
@@ -151,9 +151,12 @@ def align(
         return _say_ready(model_, reward_, train, held)
     config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
-        _say_too_long(recorder, model_, train + held)
+        _say_odd_prompts(recorder, model_, train, held)
         sampling = _deployed(hyper, evaluate_steps, evaluate_guidance)
-        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch)
+        identity = {"reward": " ".join(_spelled(reward)), "model": str(model)}
+        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch, identity)
+        if resume:
+            judge.check_begun()
         products = Products(
             Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge
         )
@@ -189,8 +192,11 @@ def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | Non
     )
 
 
-def _say_too_long(recorder: Recorder, model: Model, prompts: Sequence[Prompt]) -> None:
-    for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in prompts}))[:5]:
+def _say_odd_prompts(recorder: Recorder, model: Model, train: list[Prompt], held: list[Prompt]) -> None:
+    seen = trained_on(train, [p.text for p in held])
+    if seen:
+        recorder.say(f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise).")
+    for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]:
         recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
 
 
@@ -213,6 +219,9 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
     counts = ("updates", "batch", "evaluate_prompts", "rank", "checkpoint_every", "micro_batch", "evaluate_steps")
     at_least_one(**{name: settings[name] for name in counts})
     not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every", "seed")})
+    finite_numbers(alpha=settings["alpha"], evaluate_guidance=settings["evaluate_guidance"])
+    if not 0 <= settings["ema"] < 1:
+        raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")
     schedule_of(settings["schedule"])
 
 
@@ -225,6 +234,7 @@ def _check_chain(model: Model, method: str, hyper: Mapping[str, Any], evaluate_s
     model.process.times(evaluate_steps or hyper.get("steps", 50))
     check_policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
     not_negative(drift=hyper.get("drift", 0.0))
+    finite_numbers(**{name: hyper.get(name) for name in ("guidance", "hinge", "target")})
     reward_loss(hyper.get("hinge"), hyper.get("target"))
     if not model.trainable():
         raise UserError(
@@ -295,9 +305,9 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
         if not math.isfinite(share):
             raise UserError(f"The weight in {text!r} is not finite. Write --adapter FOLDER=0.5.")
         parts[adapter] = parts.get(adapter, 0.0) + share
-    if Path(out).exists() and any(Path(out).iterdir()):
+    if Path(out).is_file() or (Path(out).exists() and any(Path(out).iterdir())):
         raise UserError(
-            f"The folder {out} is not empty, and a mixture never writes over an adapter. Choose another --out."
+            f"{out} is a file or a folder that is not empty, and a mixture never writes over an adapter. Choose another --out."
         )
     loaded = load_model(model)
     if not isinstance(loaded, StableDiffusion):
@@ -323,6 +333,8 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     from tropism.run import pretrain_loop, pretrain_rewards
 
     known(world, BUNDLED, "world")
+    if Path(out).is_file():
+        raise UserError(f"{out} is a file, but the networks need a folder. Choose another --out.")
     set_up("cpu", "float32", threads)
     lengths = pretrain_loop.QUICK if quick else pretrain_loop.Lengths()
     vae, tokenizer = generator.shapes_world(Path(out), lengths)

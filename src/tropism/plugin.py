@@ -26,7 +26,7 @@ def _run(file: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their own module up while they are being made
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"Importing {file} failed with {type(error).__name__}: {error}. "
             f"Run `python {file}` to see where, and mend it."

@@ -127,14 +127,18 @@ def test_the_reward_rises_in_twenty_updates(policy):
 
 
 def test_on_fixed_noise_every_update_rises():
-    """Same samples every update, small steps: the reward is monotone (spec check 17), and an unrelated metric is not what rose."""
-    model, optimiser, rewards = ToyModel(), None, []
-    optimiser = torch.optim.SGD(model.trainable().values(), lr=0.02)
+    """Same samples every update, small steps: the reward is monotone, and what it does not read moves less (spec check 17)."""
+    model, first = ToyModel(), lambda images: images[:, 0].mean((1, 2))
+    optimiser, rewards, pictures = torch.optim.SGD(model.trainable().values(), lr=0.02), [], []
     for _ in range(20):
         _, info, _ = update(model, truncation="full")
         rewards.append(info.columns["reward"].mean().item())
+        pictures.append(info.images)
         optimiser.step()
     assert all(b > a for a, b in pairwise(rewards))
+    moved = (pictures[-1] - pictures[0]).mean((0, 2, 3)).abs()
+    assert (first(pictures[-1]) > first(pictures[0])).all()
+    assert moved[0] > 2 * moved[1:].max()
 
 
 def test_detached_inputs_also_rise():

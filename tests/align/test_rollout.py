@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import ToyModel, batch, draw, smooth_reward
 
-from tropism.align.rollout import Chain, plain, sample, surrogate, sweep
+from tropism.align.rollout import Chain, _forward, plain, sample, surrogate, sweep
 from tropism.core import Batch, Draw, Stream, noise
 
 N = 8
@@ -157,8 +157,46 @@ def test_last_step_alone_is_draft_1():
     assert (flat(draft) - flat(sweep(c, x, lambda r: -r, [model.a, model.b]).gradient)).abs().max() < 1e-12
 
 
-def test_truncated_gradient_is_the_sum_of_the_active_steps():
-    """Give every step its own copy of the parameters: the full gradient splits by step, but only where inputs are detached."""
+class Copied(ToyModel):
+    """Every step has its own copy of the parameters, by its time."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = {}
+
+    def predict(self, x_t, t, cond, guidance):
+        mine = self.a, self.b
+        self.a, self.b = self.copies.setdefault(t, [p.detach().clone().requires_grad_() for p in mine])
+        out = super().predict(x_t, t, cond, guidance)
+        self.a, self.b = mine
+        return out
+
+
+def test_the_gradient_is_the_sum_over_the_active_steps_own_copies():
+    """Spec check 6: what the parameters get is the sum of what each active step's copy of them gets, and the norms are theirs."""
+    model, copied = ToyModel(), Copied()
+    c, x = chain(model, SETS["holes"])
+    swept = sweep(c, x, lambda r: -r, [model.a, model.b])
+    c, x = chain(copied, SETS["holes"])
+    plain(c, x, lambda r: -r, [copied.a])  # makes the copies
+    parts = plain(c, x, lambda r: -r, [p for t in c.times[:-1] for p in copied.copies[t]]).gradient
+    apart = {i: flat(parts[2 * i : 2 * i + 2]) for i in range(N)}
+    assert all(apart[i].abs().max() == 0 for i in range(N) if not SETS["holes"][i])
+    assert (flat(swept.gradient) - sum(apart.values())).abs().max() < 1e-12
+    assert swept.step_norms == pytest.approx({i: apart[i].norm().item() for i in swept.step_norms}, rel=1e-9)
+    assert set(swept.step_norms) == {i for i in range(N) if SETS["holes"][i]}
+
+
+def test_only_states_that_will_be_recomputed_are_kept():
+    model = ToyModel()
+    c, x = chain(model, SETS["suffix"])
+    states, outputs, _ = _forward(c, x)
+    assert set(states) == {i for i in range(N) if SETS["suffix"][i]}
+    assert outputs == {}
+
+
+def test_detached_steps_add_up():
+    """With detached inputs the steps do not see each other: several active at once give the sum of each alone."""
     model = ToyModel()
     parameters = [model.a, model.b]
     one = lambda i: flat(
@@ -270,8 +308,8 @@ def test_the_share_of_clamped_values_counts_both_walls():
     assert swept.clamped == pytest.approx(low + high, rel=1e-6)
 
 
-def test_sampling_at_terminal_reaches_x0():
-    """The noise is drawn per (step, sample): two steps never share a draw."""
+def test_two_steps_never_share_their_noise():
+    """The noise is drawn per (step, sample)."""
     d = draw()
     drawn = [d(Stream.TRANSITION, i, (4,)) for i in range(6)]
     assert Counter(tuple(row.tolist()) for block in drawn for row in block).most_common(1)[0][1] == 1

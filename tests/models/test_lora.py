@@ -103,6 +103,10 @@ def test_verify(folder, tmp_path):
     stirred(model, 1)
     with pytest.raises(UserError, match="does not draw"):
         lora.verify(model, tmp_path / "good")
+    with torch.no_grad():
+        next(iter(model.trainable().values())).fill_(float("nan"))
+    with pytest.raises(UserError, match="does not draw"):
+        lora.verify(model, tmp_path / "good")
 
 
 def test_targets_beyond_attention_survive_diffusers(folder, tmp_path):

@@ -20,7 +20,7 @@ from torch import multiprocessing
 sys.path.insert(0, str(Path(__file__).parent))
 import trainee
 
-from tropism.core import Batch, Info, UserError
+from tropism.core import Batch, Info, UserError, gather
 from tropism.run import checkpoint
 from tropism.run.fit import fit
 from tropism.run.optimiser import Optimiser
@@ -389,8 +389,10 @@ def _rank(rank, folder, count):
             out=folder / "run",
             recorder=recorder,
         )
+    values, index = gather(10.0 * torch.arange(8)[share], range(share.start, share.stop))
     if rank == 1:
         (folder / "second.json").write_text(json.dumps([w.detach().tolist() for w in weights.values()]))
+        (folder / "gathered.json").write_text(json.dumps([values.tolist(), index.tolist()]))
     torch.distributed.destroy_process_group()
 
 
@@ -400,6 +402,7 @@ def test_two_processes_equal_one(tmp_path):
     run(tmp_path / "one", trainee.quadratic(weights), weights)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints").tensors["weights"]
     second = json.loads((tmp_path / "second.json").read_text())
+    assert json.loads((tmp_path / "gathered.json").read_text()) == [[10.0 * i for i in range(8)], list(range(8))]
     for (name, w), other in zip(weights.items(), second, strict=True):
         torch.testing.assert_close(saved[name], w.detach(), rtol=1e-12, atol=1e-14)
         assert saved[name].tolist() == other

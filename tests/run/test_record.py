@@ -60,6 +60,14 @@ def test_a_run_killed_between_its_first_files_goes_on(tmp_path):
     assert (tmp_path / "env.json").exists()
 
 
+def test_a_resume_that_is_refused_leaves_the_settings_as_they_were(tmp_path):
+    recorder(tmp_path / "run", {"lr": 0.1}).close()
+    with recorder(tmp_path / "run", {"lr": 0.2}, resume=True) as r:
+        assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == {"lr": 0.1}
+        with r.showing(0, 1):
+            assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == {"lr": 0.2}
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def full(self, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,9 @@ _NEEDED = (
 )
 
 
-def _own(spec: str) -> Model:
+def _own(spec: str, options: Mapping[str, Any]) -> Model:
+    if options.get("full"):
+        raise UserError(f"{spec} says itself what is trained, by its `trainable()`; --full is of no use. Leave it out.")
     made = plugin.load_object(spec)
     try:
         model = made() if isinstance(made, type) else made
@@ -58,7 +61,7 @@ def load_model(source: str | Path, **options: Any) -> Model:
     """
     source = str(source)
     if plugin.is_spec(source):
-        return _own(source)
+        return _own(source, options)
     found: str | Path = weights.path(BUNDLED[source]) if source in BUNDLED else Path(source).expanduser()
     if not Path(found).is_dir():
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):

@@ -286,6 +286,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} has no model_index.json, so it is not a diffusers pipeline. Name the folder that "
             "pipe.save_pretrained(folder) wrote."
         )
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder} has no tokenizer folder, so no prompt can be read. Save the whole pipeline again.")
     for part in ("unet", "vae", "text_encoder"):
         if not any((folder / part).glob("*.safetensors")) and any((folder / part).glob("*.bin")):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -77,9 +78,19 @@ def _users(place: str) -> Reward:
         raise UserError(
             f"{place} is {kind}; a reward is a function (samples, batch) -> (B,). Name a function or an instance."
         )
+    _check_arguments(place, function)
     if hasattr(function, "name") and hasattr(function, "differentiable"):
         return function
     return Named(name_of(function), is_differentiable(function), function)
+
+
+def _check_arguments(place: str, function: Reward) -> None:
+    try:
+        inspect.signature(function).bind("samples", "batch")
+    except TypeError as error:
+        raise UserError(
+            f"{place} cannot be called with (samples, batch): {error}. Give it these two arguments."
+        ) from error
 
 
 def check_prompts(reward: Reward, prompts: list[str]) -> None:

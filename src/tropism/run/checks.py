@@ -58,6 +58,13 @@ def not_negative(**numbers: float) -> None:
             )
 
 
+def finite_numbers(**numbers: float | None) -> None:
+    """Raises UserError for a setting that is not a finite number; None is one that was left out."""
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name} is {value}; it must be a finite number. Leave --{name.replace('_', '-')} out.")
+
+
 def has_graph(loss: Tensor, update: int) -> None:
     """Raises UserError if the loss cannot be differentiated."""
     if not loss.requires_grad:

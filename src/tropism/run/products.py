@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tropism.core import Model, Reward, UserError, name_of
@@ -21,6 +21,7 @@ from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure
 from tropism.run.evaluate import evaluate as measured
+from tropism.run.optimiser import is_main
 from tropism.run.prompts import Prompt, as_batch
 from tropism.run.record import Recorder
 from tropism.worlds import shapes, taste
@@ -29,6 +30,11 @@ from tropism.worlds import shapes, taste
 def weights_of(reward: Reward) -> dict[str, float]:
     """The weight of every part of a reward, by name."""
     return {name_of(r): w for r, w in getattr(reward, "terms", ((reward, 1.0),))}
+
+
+def trained_on(train: Sequence[Prompt], held: Sequence[str]) -> int:
+    """How many of the evaluation prompts are trained on as well."""
+    return len(set(held) & {p.text for p in train})
 
 
 def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
@@ -55,6 +61,7 @@ class Judge:
         guidance: float,
         seed: int,
         batch: int,
+        identity: dict[str, str],
     ):
         self.file = out / "samples" / "before.safetensors"
         self.prompts = [p.text for p in held]
@@ -71,21 +78,38 @@ class Judge:
         )
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
-        if self.file.exists():
-            self._check_prompts()
+        self.identity = {
+            **identity,
+            "held-out prompts": json.dumps(self.prompts),
+            "evaluation": f"{steps} steps, guidance {guidance:g}",
+            "seed": str(seed),
+        }
 
-    def _check_prompts(self) -> None:
-        with safe_open(self.file, "pt") as f:
-            begun = json.loads((f.metadata() or {}).get("prompts", "[]"))
-        if begun != self.prompts:
+    def check_begun(self) -> None:
+        """Raises UserError if the pictures kept by the run that is resumed were of another reward, model, seed or prompts."""
+        if not self.file.exists():
+            return
+        try:
+            with safe_open(self.file, "pt") as f:
+                begun = f.metadata() or {}
+        except SafetensorError as error:
             raise UserError(
-                f"This run was begun with {len(begun)} held-out prompts, now there are {len(self.prompts)} or others; before "
-                "and after would not compare. Resume with the same --held-out and --evaluate-prompts."
+                f"{self.file} is damaged ({error}), and with it the pictures before training. Start again in another --out."
+            ) from error
+        changed = [name for name, value in self.identity.items() if begun.get(name) != value]
+        if changed:
+            raise UserError(
+                f"This run was begun with another {' and another '.join(changed)}; its pictures before and after would not "
+                "compare. Resume with the settings in its config.yaml, or choose another --out."
             )
 
     @property
     def before(self) -> Evaluation:
         if self._before is None:
+            if not self.file.exists():
+                raise UserError(
+                    f"{self.file} is gone, and with it the pictures before training. Start again in another --out."
+                )
             kept = load_file(self.file)
             columns = {k.removeprefix("column/"): v for k, v in kept.items() if k.startswith("column/")}
             self._before = Evaluation(
@@ -108,6 +132,8 @@ class Judge:
         return self._after.numbers()
 
     def _keep(self, found: Evaluation):
+        if not is_main():
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "images": found.images.contiguous(),
@@ -116,7 +142,7 @@ class Judge:
         if found.diversity is not None:
             tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
         temporary = self.file.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"prompts": json.dumps(self.prompts)})
+        save_file(tensors, temporary, metadata=self.identity)
         temporary.replace(self.file)
 
 
@@ -138,6 +164,8 @@ class Products:
     difference: float | None = None
 
     def write(self):
+        if not is_main():
+            return
         before, after = self.judge.before, self.judge.after
         if isinstance(getattr(self.model, "lora", None), LoraSettings):
             model = cast(StableDiffusion, self.model)
@@ -171,9 +199,10 @@ class Products:
         self.recorder.say(self._summary(report.rows(before, after)))
 
     def _limits(self) -> list[str]:
-        n = len(self.judge.prompts)
+        n, seen = len(self.judge.prompts), trained_on(self.train, self.judge.prompts)
+        unseen = f"{n} held-out prompts" if not seen else f"{n} prompts, {seen} of them trained on (with other noise)"
         return [
-            f"One training seed; evaluated on {n} held-out prompts, one picture each.",
+            f"One training seed; evaluated on {unseen}, one picture each.",
             "A reward is a proxy: look at the pictures and at the measures that were not trained on.",
         ]
 

@@ -33,12 +33,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises UserError for a file that is missing, empty, binary, of another kind, or has a line without a prompt.
     """
     path = Path(path)
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise UserError(
             f"Prompts cannot be read from '{path.name}': its ending is '{path.suffix}'. Use .txt (one prompt a line), "
             ".jsonl or .csv (with a `prompt` column)."
         )
-    found = READERS[path.suffix](_text(path), path.name)
+    found = READERS[path.suffix.lower()](_text(path), path.name)
     if not found:
         raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
     longest = max(found, key=lambda p: len(p.text)).text
@@ -74,8 +74,8 @@ def _from_jsonl(text: str, name: str) -> list[Prompt]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"'{name}' line {number} is not JSON: {error.msg}. Write one object a line.") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"'{name}' line {number} is not JSON: {error}. Write one object a line.") from error
             found.append(_from_row(row, f"'{name}' line {number}"))
     return found
 
@@ -92,6 +92,8 @@ def _from_row(row, place: str) -> Prompt:
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{place} has half a character (a lone surrogate) in its `prompt`. Save the file as UTF-8.")
     meta, negative = row.get("metadata"), row.get("negative_prompt") or ""
     if not isinstance(negative, str):
         raise UserError(f"{place} has a `negative_prompt` that is not text: {negative!r}. Put it in quotes.")
@@ -153,7 +155,7 @@ def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
         return read_prompts(prompts)
     if not prompts:
         raise UserError("The list of prompts is empty. Give at least one prompt.")
-    return [Prompt(p) for p in prompts]
+    return [_from_row({"prompt": p}, f"prompts[{i}]") for i, p in enumerate(prompts)]
 
 
 def own_rows(batch: Batch) -> Batch:

@@ -85,6 +85,7 @@ class Recorder:
         self.console = console or Console(soft_wrap=True, highlight=False, markup=False)
         self.progress: Progress | None = None
         self.active, self._lock = is_main(), None
+        self.config, self.environment = dict(config), environment()
         if not self.active:
             return
         check(trackers)
@@ -93,20 +94,26 @@ class Recorder:
             self._lock = _locked(self.out / ".lock")
             if overwrite and not resume:
                 _remove_products(self.out)
-            self.config, self.environment = dict(config), environment()
             self.remarks = _differences(self.out, self.config, self.environment) if resume else []
-            _write(self.out / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-            _write(self.out / "env.json", json.dumps(self.environment, indent=1) + "\n")
+            self._begun = resume and (self.out / "env.json").exists()
+            if not self._begun:
+                self._write_settings()
         self.trackers = Trackers(trackers, self.out, self.config, self.say)
+
+    def _write_settings(self) -> None:
+        _write(self.out / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        _write(self.out / "env.json", json.dumps(self.environment, indent=1) + "\n")
 
     @contextmanager
     def showing(self, update: int, updates: int, remarks: Sequence[str] = ()) -> Iterator[None]:
         """Cut the metrics back to `update` (-1: all), say what there is to say; inside, show progress towards
-        `updates`.
+        `updates`. A resumed run's settings replace the old ones here, once everything else has accepted them.
         """
         if not self.active:
             yield
             return
+        if self._begun:
+            self._write_settings()
         cut_back(self.metrics, update)
         for remark in (*self.remarks, *remarks):
             self.say(remark)
