@@ -40,7 +40,8 @@ def main():
             mixing.mix(model, {found["compress"][0][i].out / "lora": c, found["align"][0][i].out / "lora": a})
             curve[c, a].append(draw(model, seed))
     table("mixing-joint", run.out, before, joint, seconds)
-    mean = lambda rows, key: torch.tensor([r[key] for r in rows], dtype=torch.float64).mean().item()
+    column = lambda rows, key: torch.tensor([r[key] for r in rows], dtype=torch.float64)
+    mean = lambda rows, key: column(rows, key).mean().item()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     for a in (0.0, 0.5, 1.0):
         points = [curve[c, a] for c in (0.0, 0.5, 1.0)]
@@ -57,9 +58,9 @@ def main():
     figure.tight_layout()
     figure.savefig(run.out / "mixing.png", dpi=120)
     for (c, a), rows in curve.items():
-        print(
-            f"compress x {c:4.2f} + align x {a:3.1f}: bytes {mean(rows, 'bytes above flat'):7.0f}  all {mean(rows, 'accuracy all'):.3f}"
-        )
+        found = (column(rows, key) for key in ("bytes above flat", "accuracy all"))
+        bytes_, right = (f"{v.mean():.3f} (sd {v.std():.3f})" for v in found)
+        print(f"compress x {c:4.2f} + align x {a:3.1f}: bytes {bytes_}  all {right}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ align_app = typer.Typer(no_args_is_help=True, help="Change a model's weights so 
 app.add_typer(align_app, name="align")
 
 HELP = {
-    "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class.",
+    "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class (made without arguments: rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
     "clip:FOLDER, file.py:function.",
     "prompts": ".txt (one a line), .jsonl or .csv; the bundled model has its own.",
