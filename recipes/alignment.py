@@ -1,6 +1,6 @@
 """(b) How much of the missing all-attribute accuracy the alignment reward closes, and where it turns.
 
-Hardware: 2 CPU cores, at most 5 minutes a seed. Aim: 0.5. Expected: a fifth to a third; LOG.md tells why, and what was tried.
+Hardware: 2 CPU cores, at most 5 minutes a seed. Aim: 0.5. Expected: 0.1 to 0.2; LOG.md tells why, and what was tried.
 Run: python recipes/alignment.py
 """
 

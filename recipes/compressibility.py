@@ -1,7 +1,7 @@
 """(a) Fewer JPEG bytes without forgetting the prompt, and the unguarded collapse beside it.
 
-Hardware: 2 CPU cores, at most 5 minutes a seed. Expected: bytes above flat down by a third or more while all-attribute accuracy rises and
-entropies stay above 80 % of the base's; unguarded, the pictures are erased (figure compressibility.png).
+Hardware: 2 CPU cores, at most 5 minutes a seed. Expected: bytes above flat down by more than a third, all-attribute accuracy within 5
+points in the mean, entropies above 80 % of the base's; unguarded, the pictures are erased (figure compressibility.png).
 Run: python recipes/compressibility.py
 """
 
