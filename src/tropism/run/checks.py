@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tropism.core import Info, UserError
-from tropism.run.allocator import keep_freed_memory
 
 _METHODS = "or take a method that needs no gradient (align ddpo, guide svdd: planned, not built yet)"
 
@@ -28,12 +27,11 @@ def known(name: str, choices: Mapping | Sequence, what: str) -> str:
 
 
 def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, torch.dtype]:
-    """Thread count, allocator, device and dtype of a command, checked."""
+    """Thread count, device and dtype of a command, checked."""
     known(dtype, DTYPES, "dtype")
     at_least_one(threads=threads)
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("The device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu.")
     try:
