@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
+from torch import multiprocessing
 
 from tropism import cli, commands
 from tropism.core import UserError
@@ -206,6 +207,26 @@ def test_resume_is_bit_exact_through_the_whole_stack(folder, mine):
     align(folder, mine, updates=2, **settings)
     align(folder, mine, updates=4, resume=True, **settings)
     assert (mine / "run" / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == whole
+
+
+def _rank(rank, model, mine):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{mine}/meet", rank=rank, world_size=2)
+    align(model, mine, batch=4, lr=3e-2, clip=0.0)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_align_as_one_does(folder, mine):
+    """Each takes half of every batch; one of them writes the run folder, and the adapter is that of one process."""
+    multiprocessing.start_processes(_rank, (folder, mine), nprocs=2, start_method="fork")
+    (mine / "run").rename(mine / "two")
+    align(folder, mine, batch=4, lr=3e-2, clip=0.0)
+    two, one = (load_file(mine / d / "lora" / "pytorch_lora_weights.safetensors") for d in ("two", "run"))
+    assert all(torch.allclose(two[name], one[name], atol=1e-4) for name in one)
+    assert {p.name for p in (mine / "two").iterdir()} == {p.name for p in (mine / "run").iterdir()}
+    rows = [(mine / d / "metrics.jsonl").read_text().splitlines() for d in ("two", "run")]
+    assert len(rows[0]) == len(rows[1]) == 3
+    assert json.loads(rows[0][2])["reward"] == pytest.approx(json.loads(rows[1][2])["reward"], abs=1e-4)
 
 
 def test_evaluation_has_its_own_steps_and_guidance(folder, mine, monkeypatch):
