@@ -153,8 +153,7 @@ def align(
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         _say_odd_prompts(recorder, model_, train, held)
         sampling = _deployed(hyper, evaluate_steps, evaluate_guidance)
-        identity = {"reward": " ".join(_spelled(reward)), "model": str(model)}
-        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch, identity)
+        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch, _identity(model, reward))
         if resume:
             judge.check_begun()
         products = Products(
@@ -190,6 +189,12 @@ def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | Non
         hyper.get("steps", 50) if steps is None else steps,
         hyper.get("guidance", 7.5) if guidance is None else guidance,
     )
+
+
+def _identity(model: str | Model, reward: Reward | str | Sequence[Reward | str]) -> dict[str, str]:
+    """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
+    named = str(model) if isinstance(model, str | Path) else type(model).__name__
+    return {"model": Path(named).name, "reward": " ".join(part.rpartition("/")[2] for part in _spelled(reward))}
 
 
 def _say_odd_prompts(recorder: Recorder, model: Model, train: list[Prompt], held: list[Prompt]) -> None:
