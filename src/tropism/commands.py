@@ -17,7 +17,7 @@ from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.models import lora, mixing
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
-from tropism.models.stable_diffusion import StableDiffusion
+from tropism.models.latent import Latent
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
@@ -315,8 +315,8 @@ def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> P
             f"{out} is a file or a folder that is not empty, and a mixture never writes over an adapter. Choose another --out."
         )
     loaded = load_model(model)
-    if not isinstance(loaded, StableDiffusion):
-        raise UserError(f"{model} is not a Stable Diffusion pipeline, and only their adapters can be mixed.")
+    if not isinstance(loaded, Latent):
+        raise UserError(f"{model} is not a diffusers pipeline, and only their adapters can be mixed.")
     mixing.mix(loaded, parts)
     file = lora.save(loaded, out)
     lora.verify(loaded, out)

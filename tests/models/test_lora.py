@@ -29,7 +29,7 @@ def drawn(model):
 
 def deltas(model):
     """The change of every adapted weight, by module."""
-    layers = {n: m for n, m in model.unet.named_modules() if isinstance(m, lora.LoraLayer)}
+    layers = {n: m for n, m in model.network.named_modules() if isinstance(m, lora.LoraLayer)}
     return {n: m.get_delta_weight("default") for n, m in layers.items()}
 
 
@@ -57,7 +57,7 @@ def test_a_comes_from_the_seed_and_leaves_the_global_generator_alone(folders):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     models = (StableDiffusion.load(folders["epsilon"], lora=LoraSettings(seed=s)) for s in (1, 1, 2))
-    first, same, other = (lora.factors(m.unet) for m in models)
+    first, same, other = (lora.factors(m.network) for m in models)
     a = next(k for k in first if "lora_A" in k)
     assert all(torch.equal(first[k], same[k]) for k in first)
     assert not torch.equal(first[a], other[a])
@@ -71,11 +71,11 @@ def test_plain_diffusers_reads_what_was_saved(folder, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     theirs = {n.replace(".default_0.", "."): p for n, p in pipe.unet.named_parameters() if ".lora_" in n}
-    mine = lora.factors(model.unet)
+    mine = lora.factors(model.network)
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[k], mine[k]) for k in mine)
     x, cond = DRAW(0, 0, model.shape), model.encode(BATCH)
-    out = pipe.unet(x, 501, cond.positive).sample
+    out = pipe.unet(x, 501, cond.positive["text"]).sample
     torch.testing.assert_close(out, model.predict(x, 501, cond, 1.0), rtol=0, atol=1e-5)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
@@ -135,7 +135,7 @@ def test_load_reads_the_names_others_write(folders, tmp_path):
     model = made(folders["epsilon"], LoraSettings(3))
     renamed = {
         f"unet.{k}".replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v.detach().clone()
-        for k, v in lora.factors(model.unet).items()
+        for k, v in lora.factors(model.network).items()
     }
     save_file(renamed, tmp_path / lora.FILE)
     other = made(folders["epsilon"], LoraSettings(3), seed=1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from tropism.core import UserError
 from tropism.models import load
@@ -45,7 +45,7 @@ def test_a_hub_id_that_cannot_be_read(monkeypatch):
     def refuse(source):
         raise OSError(f"{source} is not cached")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "load_config", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", refuse)
     with pytest.raises(UserError, match="'org/name' could not be read: org/name is not cached"):
         load.load_model("org/name")
 

@@ -67,20 +67,20 @@ def test_old_step_offset_is_read_as_the_pipeline_reads_it(folders, tmp_path):
 def test_each_text_is_embedded_once(folders):
     model = StableDiffusion.load(folders["epsilon"])
     seen = []
-    model.text_encoder.register_forward_hook(lambda *_: seen.append(1))
+    model.encoders.text_encoder.register_forward_hook(lambda *_: seen.append(1))
     first = model.encode(Batch(["red", "cat", "red"]))
     second = model.encode(Batch(["cat", "red"], negative_prompts=["", "red"]))
     assert len(seen) == 3
-    assert torch.equal(first.positive[:2], second.positive[[1, 0]])
-    assert torch.equal(second.negative[1], second.positive[1])
-    assert not first.positive.requires_grad
+    assert torch.equal(first.positive["text"][:2], second.positive["text"][[1, 0]])
+    assert torch.equal(second.negative["text"][1], second.positive["text"][1])
+    assert not first.positive["text"].requires_grad
 
 
 def test_prompts_over_the_limit_are_named(folders):
     model = StableDiffusion.load(folders["epsilon"])
     long = "cat " * TOKENS
     assert model.too_long(["red cat", long, "cat " * (TOKENS - 2)]) == [long]
-    assert model.encode(Batch([long])).positive.shape[1] == TOKENS
+    assert model.encode(Batch([long])).positive["text"].shape[1] == TOKENS
 
 
 def test_size(folders):

@@ -56,7 +56,7 @@ def test_quick_pretraining_gives_a_model_and_rewards_that_work(tmp_path, monkeyp
     run = align("alignprop", model=str(out / "model"), reward="jpeg", prompts=prompts * 5, out=tmp_path / "run",
                 updates=1, batch=2, options={"steps": 2, "truncation": "1"}, evaluate_prompts=1)  # fmt: skip
     assert run.reload_difference < 1e-4
-    assert load_model(str(out / "model")).unet.config.sample_size == 16
+    assert load_model(str(out / "model")).network.config.sample_size == 16
 
 
 def test_changed_twins_stand_in_the_same_places(tmp_path):

@@ -1,11 +1,12 @@
 """Prompt files, good and bad; the split; the order of batches."""
 
+import random
 from collections import Counter
 
 import pytest
 
 from tropism.core import UserError
-from tropism.run.prompts import Prompt, batch_of, read_prompts, split
+from tropism.run.prompts import Prompt, batch_of, read_prompts, split, train_and_held_out
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,92 @@ def test_held_out_prompts_are_never_trained_on():
     assert len(train) == 36
     assert len(held) == 4
     assert not set(train) & set(held)
+
+
+def test_plain_lines_give_up_every_tenth_as_they_always_did():
+    prompts = [Prompt(f"number {i}") for i in range(137)]
+    assert split(prompts)[1] == prompts[9::10]
+
+
+def test_a_list_given_in_python_is_taken_as_it_is():
+    train, _ = train_and_held_out(["a {red|blue} cup", "__animals__"], None, "any")
+    assert [p.text for p in train] == ["a {red|blue} cup", "__animals__"]
+
+
+# ------------------------------------------------------------------------------------- held out among wildcards
+
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+THINGS = ["cup", "hat", "sock", "lamp", "vase", "boot", "door"]
+
+
+def read(tmp_path, *lines):
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    return read_prompts(tmp_path / "prompts.txt")
+
+
+def alternation(words):
+    return "{" + "|".join(words) + "}"
+
+
+def test_the_held_out_are_not_all_of_one_alternative(tmp_path):
+    """Ten colours: every tenth prompt in order is the white one."""
+    train, held = split(read(tmp_path, f"a {alternation(THINGS)} that is {alternation(COLOURS)}"))
+    assert (len(train), len(held)) == (63, 7)
+    assert len({p.text.split()[-1] for p in held}) > 3
+    for words in (COLOURS, THINGS):
+        assert all(any(word in p.text.split() for p in train) for word in words)
+
+
+@pytest.mark.parametrize("name", ["animals-activities", "objects-colors", "counting"])
+def test_nothing_of_a_bundled_set_is_missing_from_training(name):
+    train, held = split(read_prompts(name))
+    assert len(held) == (len(train) + len(held)) // 10
+    assert {c for p in held for c in p.choices} <= {c for p in train for c in p.choices}
+    assert {word for p in held for word in p.text.split()} <= {word for p in train for word in p.text.split()}
+
+
+def test_no_alternative_is_ever_missing_from_training(tmp_path):
+    """Random files: an alternative that two prompts have is trained on, and a tenth is held out."""
+    draw = random.Random(3)
+    for _ in range(150):
+        lines = [
+            " ".join(
+                alternation(draw.sample(COLOURS, draw.randint(2, 10))) if draw.random() < 0.6 else draw.choice(THINGS)
+                for _ in range(draw.randint(1, 3))
+            )
+            for _ in range(draw.randint(1, 6))
+        ]
+        prompts = list(dict.fromkeys(read(tmp_path, *lines)))
+        if len(prompts) < 10:
+            continue
+        train, held = split(prompts)
+        assert len(held) == len(prompts) // 10
+        assert sorted(map(repr, train + held)) == sorted(map(repr, prompts))
+        seen, trained = Counter(c for p in prompts for c in p.choices), {c for p in train for c in p.choices}
+        assert not [c for c, n in seen.items() if n > 1 and c not in trained], lines
+
+
+def test_a_line_with_one_choice_is_like_its_alternatives_written_out(tmp_path):
+    train, held = split(read(tmp_path, f"a {alternation(COLOURS)} cup"))
+    assert (len(train), len(held)) == (9, 1)
+
+
+def test_a_prompt_added_at_the_end_moves_none_of_the_others(tmp_path):
+    lines = ["a dog", f"a {alternation(COLOURS)} {alternation(THINGS)}", *(f"dog {i}" for i in range(30))]
+    lines += [f"my {alternation(THINGS)} in {alternation(COLOURS[:3])}", f"one {alternation(COLOURS)} house"]
+    before = split(read(tmp_path, *lines[:2]))[1]
+    for end in range(3, len(lines) + 1):
+        prompts = read(tmp_path, *lines[:end])
+        held = split(prompts)[1]
+        assert held[: len(before)] == before
+        assert len(held) == len(prompts) // 10
+        before = held
+
+
+def test_the_split_is_the_same_everywhere(tmp_path):
+    """Fixed by the text alone: a run that is resumed on another machine holds out the same."""
+    _, held = split(read(tmp_path, f"a {alternation(COLOURS)} {alternation(THINGS[:3])}"))
+    assert [p.text for p in held] == ["a purple sock", "a black hat", "a white sock"]
 
 
 def test_every_pass_sees_every_prompt_once():

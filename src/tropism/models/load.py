@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from tropism import plugin
+from tropism import models, plugin
 from tropism.core import Model, UserError
-from tropism.models.stable_diffusion import StableDiffusion
+from tropism.models import pipeline
+from tropism.models.latent import Latent
 from tropism.worlds import weights
 
 BUNDLED = {"shapes": "shapes/model"}
@@ -53,10 +56,33 @@ def _unknown(source: str) -> UserError:
     )
 
 
+def families() -> dict[str, type[Latent]]:
+    """{diffusers pipeline class: the family that reads it}, of every file in this folder that has one."""
+    found = {}
+    for file in pkgutil.iter_modules(models.__path__):
+        for kind in vars(importlib.import_module(f"tropism.models.{file.name}")).values():
+            if isinstance(kind, type) and issubclass(kind, Latent):
+                found |= dict.fromkeys(kind.pipelines, kind)
+    return found
+
+
+def family_of(source: str | Path) -> type[Latent]:
+    """The family that reads a folder or hub id. Raises UserError for a pipeline of another class."""
+    name, known = pipeline.index_of(source).get("_class_name"), families()
+    if isinstance(name, list):
+        raise pipeline.own_code(source)
+    if name not in known:
+        raise UserError(
+            f"{source} is a {name}, which nothing here reads. Known are {', '.join(sorted(known))}. Choose such a model, or "
+            "write your own: --model file.py:Class."
+        )
+    return known[name]
+
+
 def load_model(source: str | Path, **options: Any) -> Model:
     """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, or "file.py:Class".
 
-    The options are StableDiffusion.load's; a user's own class is made without arguments and none of them reaches it.
+    The options are Latent.load's; a user's own class is made without arguments and none of them reaches it.
     Raises UserError if nothing of that name exists, with the nearest bundled name.
     """
     source = str(source)
@@ -67,4 +93,4 @@ def load_model(source: str | Path, **options: Any) -> Model:
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
             raise _unknown(source)
         found = source
-    return cast(Model, StableDiffusion.load(found, **options))
+    return cast(Model, family_of(found).load(found, **options))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tropism.core import Batch, Draw, UserError
 
 if TYPE_CHECKING:
-    from tropism.models.stable_diffusion import StableDiffusion
+    from tropism.models.latent import Latent
 
 FILE = "pytorch_lora_weights.safetensors"
 EVERY_LAYER = (
@@ -31,6 +31,7 @@ EVERY_LAYER = (
 )
 """Targets for adapters on a U-Net's convolutions too: fine texture is drawn there."""
 _NAME = "default"
+_PARTS = ("unet.", "transformer.")
 # what other writers call the two factors, and peft's name for them
 _ALIASES = {
     ".lora.down.": ".lora_A.",
@@ -128,34 +129,33 @@ def _switch(network: nn.Module, on: bool) -> None:
             p.requires_grad_(flag)
 
 
-def scale(model: StableDiffusion, s: float) -> None:
+def scale(model: Latent, s: float) -> None:
     """Multiply the adapter's effect: 0 is the base model, 1 what was trained. What is saved does not change."""
-    for layer in _layers(model.unet):
+    for layer in _layers(model.network):
         layer.set_scale(_NAME, s)
 
 
 # ---------------------------------------------------------------------------------------------------- on disk
 
 
-def _settings_of(model: StableDiffusion) -> LoraSettings:
+def _settings_of(model: Latent) -> LoraSettings:
     if model.lora is None:
         raise UserError("This model has no LoRA adapter: it was loaded with lora=None. Pass lora=LoraSettings().")
     return model.lora
 
 
-def save(model: StableDiffusion, folder: str | Path) -> Path:
+def save(model: Latent, folder: str | Path) -> Path:
     """Write FILE as diffusers' `pipe.load_lora_weights(folder)` reads it, with adapter metadata. Returns the file.
 
     Without the metadata diffusers takes alpha = rank, without a warning. peft's own key names are written throughout:
     diffusers decides how to read a file by its first key.
     """
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Writer
-
     _settings_of(model)
-    layers: dict[str, nn.Module | Tensor] = {k: p.detach().cpu().contiguous() for k, p in factors(model.unet).items()}
-    metadata = {**model.unet.peft_config[_NAME].to_dict(), "inference_mode": True}
+    layers = {k: p.detach().cpu().contiguous() for k, p in factors(model.network).items()}
+    metadata = {**model.network.peft_config[_NAME].to_dict(), "inference_mode": True}
     metadata["target_modules"] = sorted(metadata["target_modules"])
-    Writer.save_lora_weights(str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    own = {f"{model.part}_lora_layers": layers, f"{model.part}_lora_adapter_metadata": metadata}
+    model.pipeline.save_lora_weights(str(folder), **own)
     _sort_header(Path(folder) / FILE)
     return Path(folder) / FILE
 
@@ -201,7 +201,7 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], LoraSettings, bool]:
         raise UserError(
             f"{path} is not a readable safetensors file ({error}). Copy it again, or export the run anew."
         ) from error
-    metadata = {k.removeprefix("unet."): v for k, v in metadata.items() if k.startswith("unet.")}
+    metadata = {_plain(k): v for k, v in metadata.items() if k.startswith(_PARTS)}
     odd = [k for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if metadata.get(k)]
     if odd:
         raise UserError(
@@ -219,7 +219,7 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], LoraSettings, bool]:
 def _plain(key: str) -> str:
     for theirs, ours in _ALIASES.items():
         key = key.replace(theirs, ours)
-    return key.removeprefix("unet.")
+    return key.removeprefix(_PARTS[0]).removeprefix(_PARTS[1])
 
 
 def module_of(key: str) -> str:
@@ -245,12 +245,12 @@ def _mismatch(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[
     ]
 
 
-def load(model: StableDiffusion, folder: str | Path) -> None:
+def load(model: Latent, folder: str | Path) -> None:
     """Read a saved adapter into the model's own, in place. Rank, targets and alpha must agree.
 
     Raises UserError listing the missing, unexpected and differently shaped keys; nothing is changed then.
     """
-    settings, mine = _settings_of(model), factors(model.unet)
+    settings, mine = _settings_of(model), factors(model.network)
     theirs, saved, has_metadata = read(folder)
     wrong = _mismatch(mine, theirs)
     if wrong:
@@ -274,7 +274,7 @@ def load(model: StableDiffusion, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def _pictures(model: StableDiffusion, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
+def _pictures(model: Latent, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
     """(B, 3, H, W) by deterministic DDIM from keyed noise."""
     batch, process = Batch(list(prompts)), replace(model.process, eta=0.0)
     cond, times = model.encode(batch), process.times(steps)
@@ -285,7 +285,7 @@ def _pictures(model: StableDiffusion, prompts: Sequence[str], *, seed: int, step
 
 
 def verify(
-    model: StableDiffusion,
+    model: Latent,
     folder: str | Path,
     *,
     prompts: Sequence[str] = ("a picture",),

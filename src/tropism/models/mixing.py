@@ -17,7 +17,7 @@ from tropism.core import UserError
 from tropism.models.lora import LoraSettings, attach, factors, module_of, read
 
 if TYPE_CHECKING:
-    from tropism.models.stable_diffusion import StableDiffusion
+    from tropism.models.latent import Latent
 
 
 def _widened(parts: list[tuple[float, dict[str, Tensor], LoraSettings]], key: str, dtype: torch.dtype) -> Tensor:
@@ -42,7 +42,7 @@ def _unfit(network: nn.Module, layers: Mapping[str, Tensor]) -> list[str]:
     return [key for key, factor in layers.items() if not fits(key, factor)]
 
 
-def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
+def mix(model: Latent, weights: Mapping[str | Path, float]) -> None:
     """Replace the model's adapter by sum_i w_i (alpha_i / rank_i) B_i A_i over finished adapters {folder: weight}.
 
     The products are summed, as one adapter of the summed rank that `save` can write; factors are never averaged. Ranks,
@@ -52,7 +52,7 @@ def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
         raise UserError("There is no adapter to mix. Name at least one folder and its weight.")
     parts = [(float(w), *read(folder)[:2]) for folder, w in weights.items()]
     for folder, (_, layers, _) in zip(weights, parts, strict=True):
-        odd = _unfit(model.unet, layers)
+        odd = _unfit(model.network, layers)
         if odd:
             raise UserError(
                 f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Mix adapters "
@@ -61,8 +61,8 @@ def mix(model: StableDiffusion, weights: Mapping[str | Path, float]) -> None:
     ranks = sum(own.rank for _, _, own in parts)
     targets = dict.fromkeys(t for _, _, own in parts for t in own.targets)
     model.lora = LoraSettings(ranks, ranks, tuple(targets))
-    attach(model.unet, model.lora, torch.promote_types(model.dtype, torch.float32))
+    attach(model.network, model.lora, torch.promote_types(model.dtype, torch.float32))
     held = {key for _, layers, _ in parts for key in layers}
     with torch.no_grad():
-        for key, p in factors(model.unet).items():
+        for key, p in factors(model.network).items():
             p.copy_(_widened(parts, key, p.dtype) if key in held else torch.zeros_like(p))

@@ -1,4 +1,4 @@
-"""Reads a diffusers scheduler's configuration into a VP process: plain float64 tables, never a scheduler's state."""
+"""Reads a diffusers scheduler's configuration into a process: plain float64 numbers, never a scheduler's state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import UserError
-from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP
+from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP, Flow
 
 
 def _cosine(n: int) -> Tensor:
@@ -82,3 +82,30 @@ def process(config: Mapping[str, Any], eta: float = 0.0) -> VP:
     defaults = {"DDIMScheduler": True, "PNDMScheduler": False}
     to_one = config.get("set_alpha_to_one", defaults[name]) if name in defaults else True
     return VP(bars, spacing, config.get("steps_offset", 0), eta, 1.0 if to_one else bars[0])
+
+
+def flow(config: Mapping[str, Any], eta: float = 0.0, patch: int = 2) -> Flow:
+    """The flow-matching process of a FlowMatchEulerDiscreteScheduler's configuration.
+
+    patch: latent pixels a token's side, for the shift that depends on the picture's size. Raises UserError for the karras,
+    exponential and beta tables and for inverted times, which have no formula here.
+    """
+    odd = [
+        k for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas") if config.get(k)
+    ]
+    if odd or not str(config.get("_class_name", "")).startswith("FlowMatch"):
+        raise UserError(
+            f"The scheduler is {config.get('_class_name')}{' with ' + ', '.join(odd) if odd else ''}; this family's chain is "
+            "flow matching by plain Euler steps. Put a FlowMatchEulerDiscreteScheduler into scheduler/scheduler_config.json."
+        )
+    numbers = ("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096)
+    dynamic = tuple(config.get(k, default) for k, default in numbers) if config.get("use_dynamic_shifting") else None
+    return Flow(
+        shift=config.get("shift", 1.0),
+        dynamic=dynamic,
+        shift_type=config.get("time_shift_type", "exponential"),
+        terminal=config.get("shift_terminal"),
+        patch=patch,
+        eta=eta,
+        n=config.get("num_train_timesteps", 1000),
+    )

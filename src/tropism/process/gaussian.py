@@ -1,7 +1,7 @@
 """Gaussian noising processes: x_t = alpha_t x_0 + sigma_t eps, and the reverse step as a Kernel.
 
 `VP` is the variance-preserving chain of DDPM, DDIM and Stable Diffusion, on the model's own table of alpha-bars and its own
-grid of times. A flow-matching process is one more class with the same methods.
+grid of times. `Flow` is the straight path of Stable Diffusion 3 and Flux.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class VP:
         bar = self.alpha_bar(t)
         return (1 - bar).sqrt() if isinstance(bar, Tensor) else math.sqrt(1 - bar)
 
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is told for (B,) times: the integer step."""
+        return t.long()
+
     def _schedule(self, t: float | Tensor, like: Tensor):
         return _wide(self.alpha(t), like), _wide(self.sigma(t), like)
 
@@ -118,7 +122,113 @@ class VP:
         return x_t
 
 
-def linear_coefficients(process: VP, times: Sequence[float], prediction: str) -> list[tuple[float, float]]:
+# ---------------------------------------------------------------------------------------------------- flow matching
+
+SHIFTS = ("exponential", "linear")
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Flow matching: alpha_t = 1 - t, sigma_t = t, the network predicts the velocity eps - x_0; Euler steps down from t = 1.
+
+    table: "scheduler" spaces the times evenly over the scheduler's own (already shifted) table of n times, as Stable
+    Diffusion 3 does; "even" takes 1, ..., 1/N, as Flux does. Both are then shifted: t -> shift t / (1 + (shift - 1) t).
+    dynamic: (base_shift, max_shift, base_tokens, max_tokens) makes the shift depend on the picture's size: mu is linear in its
+    tokens ((h / patch) (w / patch)), and shift = exp(mu) for shift_type "exponential", mu for "linear"; None is off.
+    terminal: stretches the grid so that its last time is this one; None is off.
+    eta: 0 is the ODE; above it the SDE of Flow-GRPO with noise level eta (0.7 in its paper), which keeps the marginals of
+    the ODE as steps become small. Its last step is the ODE's, so that no noise is left on the picture.
+    Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv 2403.03206, section 5.3.2 (shift);
+    Flow-GRPO, arXiv 2505.05470, eq. 9 (SDE).
+    """
+
+    table: str = "scheduler"
+    shift: float = 1.0
+    dynamic: tuple[float, float, int, int] | None = None
+    shift_type: str = "exponential"
+    terminal: float | None = None
+    patch: int = 2
+    eta: float = 0.0
+    n: int = 1000
+    final: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise UserError(
+                f"eta is {self.eta}; for flow matching it is the noise level of an SDE and at least 0. Try --eta 0.7."
+            )
+        if self.shift_type not in SHIFTS:
+            raise UserError(
+                f"The time shift is of type {self.shift_type!r}; it must be one of {', '.join(SHIFTS)}. "
+                "Correct time_shift_type in scheduler/scheduler_config.json."
+            )
+
+    def _shifted(self, t: Tensor, shape: Sequence[int] | None) -> Tensor:
+        shift = self.shift
+        if self.dynamic is not None:
+            assert shape is not None, "a resolution-dependent shift needs the latent shape"
+            low, high, fewest, most = self.dynamic
+            tokens = (shape[-2] // self.patch) * (shape[-1] // self.patch)
+            mu = low + (high - low) * (tokens - fewest) / (most - fewest)
+            shift = math.exp(mu) if self.shift_type == "exponential" else mu
+        return shift * t / (1 + (shift - 1) * t)
+
+    def times(self, steps: int, shape: Sequence[int] | None = None) -> Tensor:
+        """(steps + 1,) float64 on the CPU: times in (0, 1], downwards, then TERMINAL. shape: the latents', (..., h, w)."""
+        if not 1 <= steps <= self.n:
+            raise UserError(
+                f"steps is {steps}; this model was trained on {self.n} times, so it must lie in 1..{self.n}. Try --steps 28."
+            )
+        if self.table == "even":
+            t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+        else:
+            ends = torch.tensor([1, 1 / self.n], dtype=torch.float64)
+            first, last = (ends if self.dynamic else self.shift * ends / (1 + (self.shift - 1) * ends)).tolist()
+            t = torch.linspace(first, last, steps, dtype=torch.float64)
+        t = self._shifted(t, shape)
+        if self.terminal:
+            t = 1 - (1 - t) * (1 - self.terminal) / (1 - t[-1])
+        return torch.cat([t, torch.tensor([TERMINAL], dtype=torch.float64)])
+
+    def alpha(self, t: float | Tensor) -> float | Tensor:
+        return 1 - self.sigma(t)
+
+    def sigma(self, t: float | Tensor) -> float | Tensor:
+        if isinstance(t, Tensor) and t.ndim:
+            return torch.where(t == TERMINAL, 0.0, t.double())
+        return 0.0 if float(t) == TERMINAL else float(t)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is told for (B,) times: t in [0, n]."""
+        return t * self.n
+
+    def forward(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """x_t (B, *S) from a clean state and standard normals."""
+        return _wide(self.alpha(t), x0) * x0 + _wide(self.sigma(t), x0) * noise.to(x0)
+
+    def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor, prediction: str = "velocity") -> Tensor:
+        """The clean state a velocity stands for, linear in x_t and out."""
+        return x_t - _wide(self.sigma(t), x_t) * out
+
+    def reverse(self, x_t: Tensor, x0: Tensor, t: float, s: float) -> Normal:
+        """p(x_s | x_t) given the predicted x_0: the Euler step of the ODE, or with eta > 0 Flow-GRPO's Euler-Maruyama step."""
+        sigma_t, sigma_s = float(self.sigma(t)), float(self.sigma(s))
+        if self.eta == 0 or sigma_s == 0:
+            ratio = sigma_s / sigma_t
+            return Normal(ratio * x_t + (1 - ratio) * x0, 0.0, is_deterministic=True)
+        noise = self.eta * math.sqrt(
+            sigma_t / (1 - (sigma_s if sigma_t == 1 else sigma_t))
+        )  # at t = 1 it would be infinite
+        v, dt, half = (x_t - x0) / sigma_t, sigma_s - sigma_t, noise**2 / (2 * sigma_t)
+        mean = x_t * (1 + half * dt) + v * (1 + half * (1 - sigma_t)) * dt
+        return Normal(mean, noise * math.sqrt(-dt))
+
+    def complete(self, x_t: Tensor, x0: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The clean state after the last step: x_t itself for a Gaussian chain."""
+        return x_t
+
+
+def linear_coefficients(process: VP | Flow, times: Sequence[float], prediction: str) -> list[tuple[float, float]]:
     """(a, b) of each deterministic step, mean = a x_t + b out: the closed forms that tests and DRTune's path use."""
     coefficients = []
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)

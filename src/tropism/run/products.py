@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tropism.core import Model, Reward, UserError, name_of
 from tropism.models import lora
 from tropism.models.lora import LoraSettings
-from tropism.models.stable_diffusion import StableDiffusion
+from tropism.models.latent import Latent
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure
@@ -168,7 +168,7 @@ class Products:
             return
         before, after = self.judge.before, self.judge.after
         if isinstance(getattr(self.model, "lora", None), LoraSettings):
-            model = cast(StableDiffusion, self.model)
+            model = cast(Latent, self.model)
             lora.save(model, self.out / "lora")
             self.difference = lora.verify(model, self.out / "lora", prompts=self.judge.prompts[:2])
         else:

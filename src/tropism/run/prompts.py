@@ -1,117 +1,97 @@
-"""Prompt files, their train / held-out split, and the batch of every update."""
+"""Prompts by whatever name, their train / held-out split, and the batch of every update."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from tropism.core import Batch, Stream, UserError, generator
+from tropism.run.prompt_files import READERS, Prompt, check_lengths, from_row, read_file
+from tropism.run.prompt_sets import DATASET, bundled, nearest, read_dataset
+from tropism.run.prompt_wildcards import expand
 from tropism.worlds import shapes
 
-LONGEST = 20_000
+__all__ = ["Prompt", "as_batch", "batch_of", "own_rows", "read_prompts", "split", "train_and_held_out"]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompt file."""
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """The prompts of a file, of a bundled set ("animals"), or of a data set on the Hub ("org/name:column@split").
 
-    text: str
-    negative: str = ""
-    meta: tuple = ()
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read .txt (one a line), .jsonl (`prompt`, optional `negative_prompt`, `metadata`) or .csv (the same columns).
-
-    Raises UserError for a file that is missing, empty, binary, of another kind, or has a line without a prompt.
+    A file is .txt (one a line), .jsonl (`prompt`, optional `negative_prompt`, `metadata`) or .csv (the same columns), and
+    wins over the others. Wildcards in files and bundled sets are expanded; those in data sets are text.
+    Raises UserError for a source that is missing, empty, binary, of another kind, or has a line without a prompt.
     """
-    path = Path(path)
-    if path.suffix.lower() not in READERS:
+    name, path = str(source), Path(source)
+    dataset = DATASET.fullmatch(name)
+    if os.path.isfile(name) or path.suffix.lower() in READERS:
+        found = _opened(path)
+    elif name in bundled():
+        found = _opened(bundled()[name])
+    elif os.path.isdir(dataset["name"] if dataset else name):
+        raise UserError(f"'{name}' is a folder. Name a file in it that ends in .txt, .jsonl or .csv.")
+    elif dataset:
+        found = read_dataset(dataset["name"], dataset["column"], dataset["split"])
+    else:
         raise UserError(
-            f"Prompts cannot be read from '{path.name}': its ending is '{path.suffix}'. Use .txt (one prompt a line), "
-            ".jsonl or .csv (with a `prompt` column)."
+            f"There is no prompt file and no bundled prompt set '{name[:200]}'. {nearest(name)} "
+            "Or give a .txt, .jsonl or .csv file, or a data set of the Hub as org/name."
         )
-    found = READERS[path.suffix.lower()](_text(path), path.name)
-    if not found:
-        raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
-    longest = max(found, key=lambda p: len(p.text)).text
-    if len(longest) > LONGEST:
-        raise UserError(
-            f"'{path.name}' has a prompt of {len(longest)} characters; the limit is {LONGEST}. Is it one prompt a line?"
-        )
-    return found
+    return check_lengths(found, path.name)
 
 
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"There is no prompt file '{path}'. Check the path given to --prompts.")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The prompt file '{path.name}' is not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        ) from error
-    if "\0" in text:
-        raise UserError(f"The prompt file '{path.name}' is binary, not text. Give a .txt, .jsonl or .csv file.")
-    return text
-
-
-def _from_txt(text: str, name: str) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
-
-
-def _from_jsonl(text: str, name: str) -> list[Prompt]:
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"'{name}' line {number} is not JSON: {error}. Write one object a line.") from error
-            found.append(_from_row(row, f"'{name}' line {number}"))
-    return found
-
-
-def _from_csv(text: str, name: str) -> list[Prompt]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise UserError(f"'{name}' is not a table of comma-separated values: {error}. Is a quote left open?") from error
-    return [_from_row(row, f"'{name}' row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _from_row(row, place: str) -> Prompt:
-    text = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
-    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{place} has half a character (a lone surrogate) in its `prompt`. Save the file as UTF-8.")
-    meta, negative = row.get("metadata"), row.get("negative_prompt") or ""
-    if not isinstance(negative, str):
-        raise UserError(f"{place} has a `negative_prompt` that is not text: {negative!r}. Put it in quotes.")
-    return Prompt(" ".join(text.split()), negative, tuple(meta.items()) if isinstance(meta, dict) else ())
-
-
-READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
+def _opened(path: Path) -> list[Prompt]:
+    if path.stem in bundled() and not os.path.isfile(path):
+        raise UserError(f"There is no prompt file '{path}'. The bundled set goes by its bare name: {path.stem}")
+    return expand(read_file(path), path)
 
 
 def split(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, held out): every tenth distinct prompt is kept out of training; below ten, all serve both (with other noise)."""
+    """(train, held out): every tenth distinct prompt is kept out of training; below ten, all serve both (with other noise).
+
+    A line with wildcards gives up a tenth of its prompts, chosen by a hash: every tenth in order could be one and the same
+    alternative. No alternative is held out with every prompt that has it, except one that has but one prompt.
+    Prompts that are added at the end of a file change nothing for those before.
+    """
     unique: dict[str, Prompt] = {}
     for prompt in prompts:  # metadata may hold lists, which have no hash
         unique.setdefault(repr(prompt), prompt)
     distinct = list(unique.values())
     if len(distinct) < 10:
         return distinct, distinct
-    return [p for i, p in enumerate(distinct) if i % 10 != 9], distinct[9::10]
+    held = _held_out(distinct)
+    return [p for i, p in enumerate(distinct) if i not in held], [p for i, p in enumerate(distinct) if i in held]
+
+
+def _held_out(prompts: list[Prompt]) -> set[int]:
+    """Line by line, so many that they are a tenth of all so far: a line with a single prompt is held out if it is the tenth."""
+    held: set[int] = set()
+    kept: Counter = Counter()
+    for _, places in groupby(range(len(prompts)), key=lambda i: prompts[i].line or i):
+        line = list(places)
+        kept.update(choice for i in line for choice in prompts[i].choices)
+        held |= _chosen({i: prompts[i] for i in line}, (line[-1] + 1) // 10 - len(held), kept)
+    return held
+
+
+def _chosen(line: dict[int, Prompt], count: int, kept: Counter) -> set[int]:
+    """`count` places of a line, first those whose every alternative is left in training; `kept` counts these."""
+    found: set[int] = set()
+    if not count:
+        return found
+    ranked = sorted(line, key=lambda i: hashlib.sha256(line[i].text.encode("utf-8", "surrogatepass")).digest())
+    for sparing in (True, False):
+        for i in ranked:
+            if len(found) < count and i not in found and not (sparing and any(kept[c] < 2 for c in line[i].choices)):
+                found.add(i)
+                kept.subtract(line[i].choices)
+    return found
 
 
 def as_batch(prompts: list[Prompt], index: range | None = None) -> Batch:
@@ -135,7 +115,10 @@ def batch_of(prompts: list[Prompt], size: int, seed: int, update: int) -> Batch:
 def train_and_held_out(
     prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None, model: Any
 ):
-    """(train, held out) prompts: the user's, or those of the bundled world."""
+    """(train, held out) prompts: the user's, or those of the bundled world.
+
+    A list of texts is taken as it is: its braces and underscores are no wildcards.
+    """
     if prompts is None:
         if model != "shapes":
             raise UserError(
@@ -155,7 +138,7 @@ def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
         return read_prompts(prompts)
     if not prompts:
         raise UserError("The list of prompts is empty. Give at least one prompt.")
-    return [_from_row({"prompt": p}, f"prompts[{i}]") for i, p in enumerate(prompts)]
+    return [from_row({"prompt": p}, f"prompts[{i}]") for i, p in enumerate(prompts)]
 
 
 def own_rows(batch: Batch) -> Batch:

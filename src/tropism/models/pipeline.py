@@ -1,0 +1,183 @@
+"""Reads diffusers pipelines, in part or whole: safetensors only, nothing of a stranger's code is run, one clear error a fault."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tropism.core import UserError
+
+NEVER = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that no chain needs."""
+LIBRARIES = ("diffusers", "transformers")
+QUANTISED = {"8bit": "bitsandbytes_8bit", "4bit": "bitsandbytes_4bit"}
+
+
+@contextmanager
+def quiet(warnings: bool = False) -> Iterator[None]:
+    """No progress bars for local files (a download still shows its own), and no warnings unless asked for."""
+    import diffusers.utils.logging as first
+    import transformers.utils.logging as second
+
+    before = [(module, module.is_progress_bar_enabled(), module.get_verbosity()) for module in (first, second)]
+    try:
+        for module, _, level in before:
+            module.disable_progress_bar()
+            module.set_verbosity(level if warnings else module.ERROR)
+        yield
+    finally:
+        for module, bars, level in before:
+            module.set_verbosity(level)
+            if bars:
+                module.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------- what is there
+
+
+def index_of(source: str | Path) -> dict[str, Any]:
+    """model_index.json of a folder or hub id, as it stands. Raises UserError if it cannot be had, saying why."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder} has no model_index.json, so it is not a diffusers pipeline. Name the folder that "
+            "pipe.save_pretrained(folder) wrote."
+        )
+    try:
+        with quiet():
+            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+        return cast(dict, DiffusionPipeline.load_config(str(source)))
+    except (OSError, ValueError) as error:
+        raise unreadable(source, error, "model_index.json") from error
+
+
+def unreadable(source: str | Path, error: Exception, wanted: str = "") -> UserError:
+    """One line for everything the hub and the disk can answer: which model, which file, why, and the remedy."""
+    kinds = [type(e).__name__ for e in _causes(error)]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = f"{wanted} of {source!r}" if wanted else f"the model {str(source)!r}"
+    if "trust_remote_code" in str(error):
+        return own_code(source)
+    if "GatedRepoError" in kinds or "gated repo" in str(error):
+        return UserError(
+            f"{what} could not be fetched: {source} is gated. Accept its licence at its page, then log in: hf auth login."
+        )
+    if "RepositoryNotFoundError" in kinds or "401" in str(error):
+        return UserError(
+            f"{what} could not be fetched: the hub knows no {str(source)!r}, or it is private. Check the spelling, or log in: "
+            "hf auth login."
+        )
+    if {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"} & set(kinds):
+        return UserError(
+            f"{what} could not be fetched: the hub cannot be reached and it is not in the cache. Go online once "
+            "(hf download ID), or name a folder that pipe.save_pretrained(folder) wrote."
+        )
+    return UserError(
+        f"The model {str(source)!r} could not be read: {lines[0] if lines else type(error).__name__} It must be a diffusers "
+        "folder or a hub id with safetensors weights. Check the name and the network."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen = 0
+    while error is not None and seen < 10:
+        yield error
+        error, seen = error.__cause__ or error.__context__, seen + 1
+
+
+def own_code(source: str | Path) -> UserError:
+    return UserError(
+        f"{source} can only be read by running code that comes with it, which is never done here. Choose a model whose "
+        "classes are in diffusers, or write your own: --model file.py:Class."
+    )
+
+
+def components(source: str | Path, index: Mapping[str, Any]) -> dict[str, bool]:
+    """The parts a pipeline names, and whether each is there. UserError where one needs code of its own."""
+    found = {k: v for k, v in index.items() if isinstance(v, list | tuple) and len(v) == 2}
+    if any(library not in (*LIBRARIES, None) for k, (library, _) in found.items() if k not in NEVER):
+        raise own_code(source)
+    return {k: name is not None and k not in NEVER for k, (_, name) in found.items()}
+
+
+def check_folder(folder: Path, parts: Sequence[str]) -> None:
+    """Raises UserError for a part without its folder, and for weights that are only there as a pickle."""
+    for part in parts:
+        if not (folder / part).is_dir():
+            why = "so no prompt can be read" if part.startswith("tokenizer") else "though model_index.json names it"
+            raise UserError(f"{folder} has no {part} folder, {why}. Save the whole pipeline again.")
+        if not any((folder / part).glob("*.safetensors")) and any((folder / part).glob("*.bin")):
+            raise UserError(
+                f"{folder / part} holds its weights only as a pickle (.bin), which can run code when it is "
+                "read, so it is refused. If you trust it, convert it once: load it with diffusers and call "
+                "pipe.save_pretrained(folder, safe_serialization=True)."
+            )
+        config = folder / part / "config.json"
+        if config.is_file() and "auto_map" in json.loads(config.read_text("utf-8", "replace")):
+            raise own_code(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_pipeline(
+    kind: Any,
+    source: str | Path,
+    parts: Sequence[str],
+    without: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: tuple[str, str] | None = None,
+) -> Any:
+    """The plain pipeline of class `kind` with only its `parts`, None in place of `without`: a bag of frozen networks.
+
+    quantize: ("4bit" or "8bit", the part it is for).
+    """
+    if Path(source).is_dir():
+        check_folder(Path(source), parts)
+    own: dict[str, Any] = dict.fromkeys(without)
+    if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
+        own |= {"safety_checker": None, "requires_safety_checker": False}
+    if quantize:
+        own["quantization_config"] = _quantisation(*quantize, dtype)
+    try:
+        with quiet():
+            pipe = kind.from_pretrained(str(source), use_safetensors=True, dtype=dtype, **own)
+    except (OSError, NotImplementedError, ImportError, ValueError) as error:
+        raise unreadable(source, error) from error
+    for part in parts:
+        network = getattr(pipe, part)
+        if isinstance(network, nn.Module):
+            network.requires_grad_(False).eval()
+            if not (quantize and part == quantize[1]):
+                nn.Module.to(network, device, dtype)  # diffusers' own `to` warns without a cause
+    return pipe
+
+
+def _quantisation(bits: str, part: str, dtype: torch.dtype) -> Any:
+    if bits not in QUANTISED:
+        raise UserError(
+            f"quantize is {bits!r}; it must be one of {', '.join(QUANTISED)}. Leave --quantize out for none."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"quantize={bits} needs bitsandbytes, which is not installed. Install it (pip install bitsandbytes), or leave "
+            "--quantize out."
+        )
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig(
+        quant_backend=QUANTISED[bits],
+        quant_kwargs=four if bits == "4bit" else {"load_in_8bit": True},
+        components_to_quantize=[part],
+    )

@@ -1,0 +1,106 @@
+"""Reads prompt files: .txt, .jsonl and .csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tropism.core import UserError
+
+LONGEST = 20_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. If wildcards made it: the line they stood in, and (place, alternative) of each one taken."""
+
+    text: str
+    negative: str = ""
+    meta: tuple = ()
+    line: str = field(default="", compare=False, repr=False)
+    choices: tuple[tuple[int, str], ...] = field(default=(), compare=False, repr=False)
+
+
+def read_file(path: Path) -> list[Prompt]:
+    """The prompts of a file as they stand there, wildcards unopened.
+
+    Raises UserError for a file that is missing, empty, binary, of another kind, or has a line without a prompt.
+    """
+    if path.suffix.lower() not in READERS:
+        raise UserError(
+            f"Prompts cannot be read from '{path.name}': its ending is '{path.suffix}'. Use .txt (one prompt a line), "
+            ".jsonl or .csv (with a `prompt` column)."
+        )
+    found = READERS[path.suffix.lower()](_text(path), path.name)
+    if not found:
+        raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
+    return found
+
+
+def check_lengths(prompts: list[Prompt], name: str) -> list[Prompt]:
+    """The prompts themselves. Raises UserError if the longest is a whole file rather than a prompt."""
+    longest = max((len(p.text) for p in prompts), default=0)
+    if longest > LONGEST:
+        raise UserError(
+            f"'{name}' has a prompt of {longest} characters; the limit is {LONGEST}. Is it one prompt a line?"
+        )
+    return prompts
+
+
+def _text(path: Path) -> str:
+    if not os.path.isfile(path):  # Path.is_file raises for a very long name
+        raise UserError(f"There is no prompt file '{path}'. Check the path given to --prompts.")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"The prompt file '{path.name}' is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise UserError(f"The prompt file '{path.name}' is binary, not text. Give a .txt, .jsonl or .csv file.")
+    return text
+
+
+def _from_txt(text: str, name: str) -> list[Prompt]:
+    return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
+
+
+def _from_jsonl(text: str, name: str) -> list[Prompt]:
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"'{name}' line {number} is not JSON: {error}. Write one object a line.") from error
+            found.append(from_row(row, f"'{name}' line {number}"))
+    return found
+
+
+def _from_csv(text: str, name: str) -> list[Prompt]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"'{name}' is not a table of comma-separated values: {error}. Is a quote left open?") from error
+    return [from_row(row, f"'{name}' row {number}") for number, row in enumerate(rows, 1)]
+
+
+def from_row(row, place: str) -> Prompt:
+    """The prompt of an object with `prompt`, optional `negative_prompt` and `metadata`; `place` is for the errors."""
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{place} has half a character (a lone surrogate) in its `prompt`. Save the file as UTF-8.")
+    meta, negative = row.get("metadata"), row.get("negative_prompt") or ""
+    if not isinstance(negative, str):
+        raise UserError(f"{place} has a `negative_prompt` that is not text: {negative!r}. Put it in quotes.")
+    return Prompt(" ".join(text.split()), negative, tuple(meta.items()) if isinstance(meta, dict) else ())
+
+
+READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
