@@ -292,7 +292,7 @@ def test_mixing_writes_over_nothing(mine):
 
 def test_mixing_into_what_is_no_pipeline(mine):
     (mine / "own.py").write_text("from toy import ToyModel\nclass Own(ToyModel):\n    latents = None\n")
-    with pytest.raises(UserError, match="not a Stable Diffusion pipeline"):
+    with pytest.raises(UserError, match="not a diffusers pipeline"):
         commands.mix([f"{mine}/one"], out=mine / "mixed", model=f"{mine}/own.py:Own")
 
 

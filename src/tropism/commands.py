@@ -10,29 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tropism.align.alignprop import alignprop
 from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.models import lora, mixing
+from tropism.models.latent import Latent
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
-from tropism.models.latent import Latent
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
-from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, set_up
+from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
-from tropism.run.optimiser import schedule_of
 from tropism.run.products import Judge, Products, trained_on
-from tropism.run.prompts import Prompt, batch_of, own_rows, train_and_held_out
+from tropism.run.prompts import Prompt, as_batch, batch_of, own_rows, train_and_held_out
 from tropism.run.record import Recorder
 
 METHODS = {"alignprop": alignprop}
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
-DEFAULTS = {"shapes": {"steps": 8, "guidance": 2.0}}
+MODELS_OWN = ("steps", "guidance")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def options_of(method: str | Callable) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
 
 
-def _resolved(method: str, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved(method: str, model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every hyperparameter of the method: the user's, else the model's own steps and guidance, else the method's default."""
     available = options_of(method)
-    for name in options:
-        known(name, available, f"option of {method}")
-    own = DEFAULTS.get(model, {}) if isinstance(model, str) else {}
-    return {n: options.get(n, own.get(n, p.default)) for n, p in available.items()}
+    return {
+        n: options.get(n, getattr(model, n, p.default) if n in MODELS_OWN else p.default) for n, p in available.items()
+    }
 
 
 def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
@@ -105,6 +105,11 @@ def align(
     targets: Sequence[str] = LoraSettings().targets,
     full: bool = False,
     eta: float = 0.0,
+    height: int | None = None,
+    width: int | None = None,
+    quantize: str | None = None,
+    t5: bool = True,
+    scheduler: Sequence[str] = (),
     seed: int = 0,
     held_out: str | Path | Sequence[str] | None = None,
     evaluate_every: int = 10,
@@ -128,30 +133,32 @@ def align(
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
     prompts: a .txt, .jsonl or .csv file, or a list; held_out: the same, else every tenth prompt is kept for evaluation.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
+    height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
+    pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
     evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     place, precision = set_up(device, dtype, threads)
-    hyper = _resolved(method, model, options or {})
+    for name in options or {}:
+        known(name, options_of(method), f"option of {method}")
     reward_ = _reward(reward)
     require_gradient(reward_, f"align {method}")
-    _check_numbers(settings)
-    adapter = None if full else LoraSettings(rank, alpha, tuple(targets), seed)
-    model_ = (
-        load_model(model, dtype=precision, device=place, lora=adapter, full=full, eta=eta)
-        if isinstance(model, str)
-        else model
-    )
+    check_numbers(settings)
+    model_ = _loaded(model, settings, place, precision) if isinstance(model, str) else model
+    hyper = _resolved(method, model_, options or {})
     train, held = train_and_held_out(prompts, held_out, model)
     held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
     check_prompts(reward_, [p.text for p in train + held])
-    _check_chain(model_, method, hyper, evaluate_steps)
+    check_chain(model_, hyper, evaluate_steps, evaluate_guidance, [p.negative for p in train + held])
     if dry_run:
         return _say_ready(model_, reward_, train, held)
+    odd = _odd_prompts(model_, train, held)
+    _embed(model_, train, held, updates, batch, seed)
     config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
-        _say_odd_prompts(recorder, model_, train, held)
+        for text in odd:
+            recorder.say(text)
         sampling = _deployed(hyper, evaluate_steps, evaluate_guidance)
         judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch, _identity(model, reward))
         if resume:
@@ -183,6 +190,18 @@ def align(
     return Run(Path(out), judge.before, judge.after, result, products.difference)
 
 
+def _loaded(model: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
+    adapter = LoraSettings(settings["rank"], settings["alpha"], tuple(settings["targets"]), settings["seed"])
+    return load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        lora=None if settings["full"] else adapter,
+        scheduler=overrides(settings["scheduler"]),
+        **{name: settings[name] for name in ("full", "eta", "height", "width", "quantize", "t5")},
+    )
+
+
 def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | None) -> tuple[int, float]:
     """Steps and guidance of the evaluation: those asked for, else those of training."""
     return (
@@ -197,12 +216,23 @@ def _identity(model: str | Model, reward: Reward | str | Sequence[Reward | str])
     return {"model": Path(named).name, "reward": " ".join(part.rpartition("/")[2] for part in _spelled(reward))}
 
 
-def _say_odd_prompts(recorder: Recorder, model: Model, train: list[Prompt], held: list[Prompt]) -> None:
+def _odd_prompts(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:
+    """What there is to say about the prompts, by tokenizers that are gone later."""
     seen = trained_on(train, [p.text for p in held])
-    if seen:
-        recorder.say(f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise).")
-    for text in getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]:
-        recorder.say(f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}")
+    said = [f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise)."] if seen else []
+    long = getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]
+    return said + [f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}" for text in long]
+
+
+def _embed(model: Model, train: list[Prompt], held: list[Prompt], updates: int, batch: int, seed: int) -> None:
+    """Embed the prompts that the run will ask for and free the text encoders, where the model can."""
+    prepare = getattr(model, "prepare", None)
+    if prepare is None:
+        return
+    all_of_them = updates * batch >= len(train)
+    batches = [as_batch(train)] if all_of_them else [batch_of(train, batch, seed, update) for update in range(updates)]
+    batches.append(as_batch(held))
+    prepare([text for b in batches for text in b.prompts], [text for b in batches for text in b.negative_prompts or ()])
 
 
 def _say_ready(model: Model, reward: Reward, train: Sequence[Prompt], held: Sequence[Prompt]) -> None:
@@ -217,34 +247,6 @@ def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, A
     return lambda batch, *, state, update, seed, micro_batch: method(
         model, reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **hyper
     )
-
-
-def _check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a number out of its range or a schedule that is not known."""
-    counts = ("updates", "batch", "evaluate_prompts", "rank", "checkpoint_every", "micro_batch", "evaluate_steps")
-    at_least_one(**{name: settings[name] for name in counts})
-    not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every", "seed")})
-    finite_numbers(alpha=settings["alpha"], evaluate_guidance=settings["evaluate_guidance"])
-    if not 0 <= settings["ema"] < 1:
-        raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")
-    schedule_of(settings["schedule"])
-
-
-def _check_chain(model: Model, method: str, hyper: Mapping[str, Any], evaluate_steps: int | None):
-    """Everything about the chain that can be wrong is found before anything is written."""
-    from tropism.align.alignprop import reward_loss
-    from tropism.align.truncation import check_policy
-
-    model.process.times(hyper.get("steps", 50))
-    model.process.times(evaluate_steps or hyper.get("steps", 50))
-    check_policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
-    not_negative(drift=hyper.get("drift", 0.0))
-    finite_numbers(**{name: hyper.get(name) for name in ("guidance", "hinge", "target")})
-    reward_loss(hyper.get("hinge"), hyper.get("target"))
-    if not model.trainable():
-        raise UserError(
-            "This model has no trainable weights. Load it with a LoRA, or give `trainable()` some parameters."
-        )
 
 
 def _plain(value: Any) -> Any:

@@ -86,7 +86,7 @@ def test_another_dtype(make, dtype, wide):
     assert {v.dtype for v in (x, out, pictures, model.latents(pictures), *model.trainable().values())} == {wide}
     reference, model = make(fresh=True), make(fresh=True, dtype=dtype)
     expected = reference.predict(x.float(), at(model), reference.encode(BATCH), 3.0)
-    tolerance = 0.2 if dtype == torch.bfloat16 else 1e-5
+    tolerance = 0.25 if dtype == torch.bfloat16 else 1e-5
     assert (model.predict(x, at(model), cond, 3.0) - expected).norm() < tolerance * expected.norm()
 
 
@@ -159,7 +159,7 @@ def test_gradient_reaches_every_parameter(make):
 
 def test_frozen_parts_stay_frozen(make):
     model = make()
-    texts = [n for n in model.encoders.components.values() if isinstance(n, torch.nn.Module)]
+    texts = [n for n in model.texts.encoders.components.values() if isinstance(n, torch.nn.Module)]
     networks = [model.network, model.vae, *(n for n in texts if n is not model.network)]
     assert len(networks) > 2
     assert sum(p.requires_grad for n in networks for p in n.parameters()) == len(model.trainable())

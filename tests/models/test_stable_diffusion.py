@@ -67,7 +67,7 @@ def test_old_step_offset_is_read_as_the_pipeline_reads_it(folders, tmp_path):
 def test_each_text_is_embedded_once(folders):
     model = StableDiffusion.load(folders["epsilon"])
     seen = []
-    model.encoders.text_encoder.register_forward_hook(lambda *_: seen.append(1))
+    model.texts.encoders.text_encoder.register_forward_hook(lambda *_: seen.append(1))
     first = model.encode(Batch(["red", "cat", "red"]))
     second = model.encode(Batch(["cat", "red"], negative_prompts=["", "red"]))
     assert len(seen) == 3

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tropism.models.latent import Latent, Text, wide
+from tropism.models.latent import Latent, wide
+from tropism.models.text import Text
 
 TOKENS = 256
 SIZE = 128
@@ -20,7 +21,7 @@ class AuraFlow(Latent):
 
     pipelines = ("AuraFlowPipeline",)
     patch = 2
-    defaults = {"steps": 50, "guidance": 3.5}
+    steps, guidance = 50, 3.5
 
     def _own_size(self) -> tuple[int, int]:
         """The pipeline's own default, whatever the network's."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tropism.core import UserError
 from tropism.models import schedule
-from tropism.models.latent import Latent, Text, TextCond, wide
+from tropism.models.latent import Latent, wide
+from tropism.models.text import Text, TextCond
 from tropism.process.gaussian import Flow
 
 T5_TOKENS = 512
@@ -28,11 +29,11 @@ class Flux(Latent):
 
     pipelines = ("FluxPipeline",)
     patch = 2
-    defaults = {"steps": 28, "guidance": 3.5}
+    steps, guidance = 28, 3.5
 
     def process_of(self, config: Mapping[str, Any], eta: float) -> Flow:
         if not self.network.config.guidance_embeds:  # distilled into few steps as well: FLUX.1-schnell
-            self.defaults = {"steps": 4, "guidance": 1.0}
+            self.steps, self.guidance = 4, 1.0
         return replace(schedule.flow(config, eta, patch=self.patch), table="even")
 
     def _own_size(self) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,30 +19,7 @@ from tropism.core import Batch, Draw, Process, Stream, UserError
 from tropism.models import lora as adapters
 from tropism.models import pipeline, schedule
 from tropism.models.lora import LoraSettings
-
-Text = dict[str, Tensor]
-"""What a family's network reads of one prompt (or, stacked, of B prompts), by name."""
-ROOM = 8 * 2**30
-"""Bytes of embedded prompts that are kept; with more prompts than fit the text encoders stay."""
-
-
-@dataclass(frozen=True)
-class TextCond:
-    """Embedded prompts, positive and negative, each {name: (B, ...)}, and one sample's latent shape (C, H/f, W/f)."""
-
-    positive: Text
-    negative: Text
-    shape: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.positive.values())))
-
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> TextCond:
-        if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows, dtype=torch.long, device=next(iter(self.positive.values())).device)
-        return TextCond(
-            {k: v[rows] for k, v in self.positive.items()}, {k: v[rows] for k, v in self.negative.items()}, self.shape
-        )
+from tropism.models.text import Text, TextCond, Texts
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +30,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class Latent:
     """A text-to-image latent diffusion model. `load` makes one; `calls` counts rows through "network", "backward" and "decode".
 
-    A family gives: `pipelines`, `part`, `defaults`, `embed`, `denoise`, and where they differ `process_of`, `predict`.
+    A family gives: `pipelines`, `part`, `steps`, `guidance`, `embed`, `denoise`, and where they differ `process_of`, `predict`.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -63,8 +39,9 @@ class Latent:
     """What the pipeline calls its denoiser."""
     patch: ClassVar[int] = 1
     """Latent pixels a token's side: picture sizes are multiples of the VAE's factor times this."""
-    defaults: ClassVar[Mapping[str, float]] = {"steps": 28, "guidance": 3.5}
-    """Steps and guidance where the user says none."""
+    steps: int = 28
+    guidance: float = 3.5
+    """What users of the model take where they say nothing."""
     prediction: str = "velocity"
     optional: ClassVar[str] = ""
     """The suffix of the text encoder that may be left out."""
@@ -88,11 +65,11 @@ class Latent:
         self.source, self.lora, self.full, self.options = source, lora, full, dict(options or {})
         self.dtype, self.device = self.options.get("dtype", self.vae.dtype), self.vae.device
         self.calls = {"network": 0, "backward": 0, "decode": 0}
-        config = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__, **(scheduler or {})}
-        self.process = self.process_of(config, eta)
+        own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
+        self.process = self.process_of(schedule.overridden(own, scheduler or {}), eta)
         self.shape = self._latent_shape(height, width)
-        self.texts: dict[str | None, Text] = {}
-        self._encoders = pipe if getattr(pipe, "text_encoder", None) is not None else None
+        there = pipe if getattr(pipe, "text_encoder", None) is not None else None
+        self.texts = Texts(self.embed, self._read_encoders if source else None, there)
         self._freeze()
         self._network_dtype = wide(self.dtype) if full else self.dtype
         if checkpointing:
@@ -264,62 +241,28 @@ class Latent:
 
     # ------------------------------------------------------------------------------------------------ text
 
-    @property
-    def encoders(self) -> Any:
-        """The plain pipeline with the text encoders, read when first needed; see `prepare`."""
-        if self._encoders is None:
-            if not self.source:
-                raise UserError(
-                    "The text encoders were freed and there is no source to read them from again. Prepare all prompts at once."
-                )
-            self._encoders = self._read(self.source, self.device, {"dtype": self.dtype, **self.options}, texts=True)
-            self._encoders.register_modules(**{self.part: self.network})  # some read their text's width off it
-        return self._encoders
-
-    def too_long(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that have more tokens than any of the text encoders reads; their ends are cut off."""
-        readers = [getattr(self.encoders, k) for k in self.encoders.components if k.startswith("tokenizer")]
-        limits = [(reader, self.tokens_of(reader)) for reader in readers if reader is not None]
-        return [p for p in prompts if all(len(reader(p, verbose=False).input_ids) > n for reader, n in limits)]
+    def _read_encoders(self) -> Any:
+        pipe = self._read(self.source, self.device, {"dtype": self.dtype, **self.options}, texts=True)
+        pipe.register_modules(**{self.part: self.network})  # some read their text's width off it
+        return pipe
 
     def tokens_of(self, tokenizer: Any) -> int:
         """The tokens a text encoder is given at most."""
         return tokenizer.model_max_length
 
-    @torch.no_grad()
-    def _embedded(self, text: str | None) -> Text:
-        """One text's embedding, (1, ...) on the CPU, computed alone, so that its bits do not depend on its company."""
-        if text in self.texts:
-            return self.texts[text]
-        found = {k: v.cpu() for k, v in self.embed(self.encoders, text).items()}
-        if self._bytes(found) * (len(self.texts) + 1) < ROOM:
-            self.texts[text] = found
-        return found
-
-    @staticmethod
-    def _bytes(text: Text) -> int:
-        return sum(v.numel() * v.element_size() for v in text.values())
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that have more tokens than any of the text encoders reads; their ends are cut off."""
+        return self.texts.too_long(prompts, self.tokens_of)
 
     def prepare(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> bool:
-        """Embed all prompts and free the text encoders; False, and they stay, if the embeddings would need too much memory."""
-        wanted = dict.fromkeys([*prompts, *(text or None for text in negatives), None])
-        first = self._embedded(next(iter(wanted)))
-        if self._bytes(first) * len(wanted) >= ROOM:
-            return False
-        for text in wanted:
-            self._embedded(text)
-        self._encoders = None
-        return True
+        """Embed all prompts and free the text encoders; False, and they stay, if that would need too much memory."""
+        return self.texts.prepare([*prompts, *(text or None for text in negatives)])
 
     def encode(self, batch: Batch, draw: Draw | None = None) -> TextCond:
         """Embeddings of a batch's prompts and negative prompts (default none), each distinct text computed once."""
-
-        def stacked(texts: Sequence[str | None]) -> Text:
-            each = [self._embedded(text) for text in texts]
-            return {k: torch.cat([e[k] for e in each]).to(self.device) for k in each[0]}
-
         negatives = [text or None for text in batch.negative_prompts or [""] * len(batch)]
-        return TextCond(stacked(batch.prompts), stacked(negatives), self.shape)
+        positive, negative = (self.texts.stacked(texts, self.device) for texts in (batch.prompts, negatives))
+        return TextCond(positive, negative, self.shape)
 
     # ------------------------------------------------------------------------------------------------ the chain
 

@@ -17,6 +17,8 @@ from tropism.models.latent import Latent
 from tropism.worlds import weights
 
 BUNDLED = {"shapes": "shapes/model"}
+OWN = {"shapes": {"steps": 8, "guidance": 2.0}}
+"""Steps and guidance of the bundled models, which their families' would not suit."""
 _NEEDED = (
     "process",
     "dtype",
@@ -93,4 +95,7 @@ def load_model(source: str | Path, **options: Any) -> Model:
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
             raise _unknown(source)
         found = source
-    return cast(Model, family_of(found).load(found, **options))
+    model = family_of(found).load(found, **options)
+    for name, value in OWN.get(source, {}).items():
+        setattr(model, name, value)
+    return cast(Model, model)

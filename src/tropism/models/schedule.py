@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from tropism.core import UserError
 from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP, Flow
+
+
+def overridden(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration with some of its keys replaced. Raises UserError for a key it does not have."""
+    for key in changes:
+        if key not in config:
+            near = difflib.get_close_matches(key, config, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(k for k in config if k[0] != '_')}."
+            raise UserError(f"The scheduler ({config.get('_class_name')}) has no {key!r}. {hint}")
+    return {**config, **changes}
 
 
 def _cosine(n: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tropism.models.latent import Latent, Text, wide
+from tropism.models.latent import Latent, wide
+from tropism.models.text import Text
 
 T5_TOKENS = 256
 
@@ -20,7 +21,7 @@ class StableDiffusion3(Latent):
     pipelines = ("StableDiffusion3Pipeline",)
     patch = 2
     optional = "_3"
-    defaults = {"steps": 28, "guidance": 7.0}
+    steps, guidance = 28, 7.0
 
     def tokens_of(self, tokenizer: Any) -> int:
         return T5_TOKENS if "T5" in type(tokenizer).__name__ else tokenizer.model_max_length

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropism.models.latent import Text
 from tropism.models.stable_diffusion import StableDiffusion
+from tropism.models.text import Text
 
 
 class StableDiffusionXL(StableDiffusion):
     """StableDiffusionXLPipeline: two CLIP text encoders, pooled text and the picture's size as further inputs."""
 
     pipelines = ("StableDiffusionXLPipeline",)
-    defaults = {"steps": 50, "guidance": 5.0}
+    steps, guidance = 50, 5.0
 
     def embed(self, pipe: Any, text: str | None) -> Text:
         """A missing negative prompt is zeros where the pipeline says so (force_zeros_for_empty_prompt), else ""."""

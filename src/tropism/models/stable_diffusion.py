@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tropism.core import UserError
 from tropism.models import schedule
-from tropism.models.latent import Latent, Text
+from tropism.models.latent import Latent
+from tropism.models.text import Text
 from tropism.process.gaussian import VP
 
 
@@ -21,7 +22,7 @@ class StableDiffusion(Latent):
 
     pipelines = ("StableDiffusionPipeline",)
     part = "unet"
-    defaults = {"steps": 50, "guidance": 7.5}
+    steps, guidance = 50, 7.5
 
     def process_of(self, config: Mapping[str, Any], eta: float) -> VP:
         channels, made = self.network.config.in_channels, self.vae.config.latent_channels

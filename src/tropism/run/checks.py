@@ -5,11 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from tropism.core import Info, UserError
+from tropism.align.alignprop import reward_loss
+from tropism.align.truncation import check_policy
+from tropism.core import Info, Model, UserError
+from tropism.run.optimiser import schedule_of
 
 _METHODS = "or take a method that needs no gradient (align ddpo, guide svdd: planned, not built yet)"
 
@@ -39,7 +44,25 @@ def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, 
         torch.zeros(1, device=place).item()
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"There is no device {device!r}. Use cpu, cuda or cuda:1.") from error
+    if place.type == "cpu" and dtype == "float16":
+        raise UserError(
+            "dtype is float16 on the CPU, where much of torch has no such arithmetic. Use --dtype bfloat16 or float32, or "
+            "--device cuda."
+        )
     return place, DTYPES[dtype]
+
+
+def overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """{key: value} of several "KEY=VALUE". Raises UserError for one without a key or a value."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise UserError(
+                f"--scheduler {text!r} is not of the form KEY=VALUE. Try --scheduler timestep_spacing=trailing."
+            )
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def at_least_one(**numbers: int | None) -> None:
@@ -63,6 +86,42 @@ def finite_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name} is {value}; it must be a finite number. Leave --{name.replace('_', '-')} out.")
+
+
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a number out of its range or a schedule that is not known."""
+    counts = ("updates", "batch", "evaluate_prompts", "rank", "checkpoint_every", "micro_batch", "evaluate_steps")
+    at_least_one(**{name: settings[name] for name in counts})
+    not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every", "seed")})
+    at_least_one(height=settings["height"], width=settings["width"])
+    finite_numbers(alpha=settings["alpha"], evaluate_guidance=settings["evaluate_guidance"])
+    if not 0 <= settings["ema"] < 1:
+        raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")
+    schedule_of(settings["schedule"])
+
+
+def check_chain(
+    model: Model,
+    hyper: Mapping[str, Any],
+    evaluate_steps: int | None,
+    evaluate_guidance: float | None,
+    negatives: Sequence[str],
+) -> None:
+    """Everything about the chain that can be wrong is found before anything is written."""
+    shape = getattr(model, "shape", (1, 1, 1))
+    model.process.times(hyper.get("steps", 50), shape)
+    model.process.times(evaluate_steps or hyper.get("steps", 50), shape)
+    check_request = getattr(model, "check_request", lambda *_: None)
+    check_request(hyper.get("guidance"), negatives)
+    check_request(evaluate_guidance)
+    check_policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
+    not_negative(drift=hyper.get("drift", 0.0))
+    finite_numbers(**{name: hyper.get(name) for name in ("guidance", "hinge", "target")})
+    reward_loss(hyper.get("hinge"), hyper.get("target"))
+    if not model.trainable():
+        raise UserError(
+            "This model has no trainable weights. Load it with a LoRA, or give `trainable()` some parameters."
+        )
 
 
 def has_graph(loss: Tensor, update: int) -> None:
