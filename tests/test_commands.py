@@ -21,6 +21,7 @@ from tropism.models import lora
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import products
 from tropism.run.evaluate import evaluate
+from tropism.run.request import BOUND
 from tropism.worlds import shapes, taste
 
 SMALL = {
@@ -478,7 +479,7 @@ def test_signals_save_and_leave(folder, mine, number, code):
 
 
 def test_every_method_option_is_a_flag():
-    flags = {p.name for p in cli._flags(commands.METHODS["alignprop"], commands.BOUND)}
+    flags = {p.name for p in cli._flags(commands.METHODS["alignprop"], BOUND)}
     assert flags == {
         "steps",
         "guidance",

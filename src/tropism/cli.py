@@ -33,8 +33,9 @@ HELP = {
     "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class (made without arguments: rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
     "clip:FOLDER, file.py:function.",
-    "prompts": ".txt (one a line), .jsonl or .csv; the bundled model has its own.",
-    "held_out": "Prompts for evaluation only (default: every tenth prompt).",
+    "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
+    "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
+    "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",
     "out": "The run folder, new or empty.",
     "updates": "Optimiser updates.",
     "batch": "Samples an update.",
@@ -145,9 +146,10 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
 
 def _align_command(method: str) -> Callable:
     from tropism import commands
+    from tropism.run.request import BOUND
 
     common = _flags(commands.align, HIDDEN)
-    own = _flags(commands.METHODS[method], commands.BOUND)
+    own = _flags(commands.METHODS[method], BOUND)
 
     def run(config: Path | None = None, **values: Any) -> None:
         given = {p.name: _number(values.pop(p.name)) for p in own}

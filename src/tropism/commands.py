@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from tropism.align.alignprop import alignprop
@@ -19,20 +17,17 @@ from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
-from tropism.rewards.combine import weighted
-from tropism.rewards.load import check_prompts, load_rewards, require_gradient
-from tropism.run import report
-from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
+from tropism.run import request
+from tropism.run.checks import known, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
-from tropism.run.products import Judge, Products, trained_on
-from tropism.run.prompts import Prompt, as_batch, batch_of, own_rows, train_and_held_out
+from tropism.run.products import Judge, Products
+from tropism.run.prompts import own_rows
 from tropism.run.record import Recorder
+from tropism.run.request import Request
 
 METHODS = {"alignprop": alignprop}
-BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
-MODELS_OWN = ("steps", "guidance")
 
 
 @dataclass(frozen=True)
@@ -47,38 +42,6 @@ class Run:
     after: Evaluation
     result: FitResult
     reload_difference: float | None
-
-
-# ---------------------------------------------------------------------------------------------------- settings
-
-
-def options_of(method: str | Callable) -> dict[str, inspect.Parameter]:
-    """An algorithm's own hyperparameters: the keyword arguments of its function."""
-    function = METHODS[known(method, METHODS, "method")] if isinstance(method, str) else method
-    return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
-
-
-def _resolved(method: str, model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Every hyperparameter of the method: the user's, else the model's own steps and guidance, else the method's default."""
-    available = options_of(method)
-    return {
-        n: options.get(n, getattr(model, n, p.default) if n in MODELS_OWN else p.default) for n, p in available.items()
-    }
-
-
-def _reward(reward: Reward | str | Sequence[Reward | str]) -> Reward:
-    parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    texts = [p for p in parts if isinstance(p, str)]
-    if len(texts) == len(parts):
-        return load_rewards(texts)
-    loaded = [load_rewards([p]) if isinstance(p, str) else p for p in parts]
-    return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
-
-
-def _spelled(reward: Reward | str | Sequence[Reward | str]) -> list[str]:
-    """The reward as the user wrote it; objects under their names."""
-    parts = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    return [p if isinstance(p, str) else name_of(p) for p in parts]
 
 
 # ---------------------------------------------------------------------------------------------------- align
@@ -131,7 +94,8 @@ def align(
 
     method: "alignprop". model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
-    prompts: a .txt, .jsonl or .csv file, or a list; held_out: the same, else every tenth prompt is kept for evaluation.
+    prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, "org/name[:column][@split]" on the hub, or a list;
+    held_out: the same, else a tenth of the prompts is kept for evaluation.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
@@ -139,37 +103,36 @@ def align(
     Raises UserError for anything that cannot be, before the first update where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
-    place, precision = set_up(device, dtype, threads)
-    for name in options or {}:
-        known(name, options_of(method), f"option of {method}")
-    reward_ = _reward(reward)
-    require_gradient(reward_, f"align {method}")
-    check_numbers(settings)
-    model_ = _loaded(model, settings, place, precision) if isinstance(model, str) else model
-    hyper = _resolved(method, model_, options or {})
-    train, held = train_and_held_out(prompts, held_out, model)
-    held = [held[i] for i in report.spread(len(held), evaluate_prompts)]
-    check_prompts(reward_, [p.text for p in train + held])
-    check_chain(model_, hyper, evaluate_steps, evaluate_guidance, [p.negative for p in train + held])
+    function = METHODS[known(method, METHODS, "method")]
+    asked = request.read(method, function, model, reward, options or {}, settings)
     if dry_run:
-        return _say_ready(model_, reward_, train, held)
-    odd = _odd_prompts(model_, train, held)
-    _embed(model_, train, held, updates, batch, seed)
-    config = _plain({**settings, "model": str(model), "reward": _spelled(reward), "options": hyper})
+        return _say_ready(asked)
+    asked.embed()
+    config = _plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
-        for text in odd:
+        for text in asked.remarks:
             recorder.say(text)
-        sampling = _deployed(hyper, evaluate_steps, evaluate_guidance)
-        judge = Judge(Path(out), model_, reward_, held, *sampling, seed, batch, _identity(model, reward))
+        identity = request.identity(model, reward)
+        judge = Judge(Path(out), asked.model, asked.reward, asked.held, *asked.sampling(), seed, batch, identity)
         if resume:
             judge.check_begun()
         products = Products(
-            Path(out), method, model_, str(model), reward_, train, seed, command, config, recorder, judge
+            Path(out),
+            method,
+            asked.model,
+            str(model),
+            asked.reward,
+            asked.train,
+            seed,
+            command,
+            config,
+            recorder,
+            judge,
         )
         result = fit(
-            _bound(METHODS[method], model_, reward_, hyper),
-            model_.trainable(),
-            lambda update: own_rows(batch_of(train, batch, seed, update)),
+            _bound(function, asked),
+            asked.model.trainable(),
+            lambda update: own_rows(asked.batch(update)),
             updates=updates,
             out=out,
             recorder=recorder,
@@ -190,62 +153,17 @@ def align(
     return Run(Path(out), judge.before, judge.after, result, products.difference)
 
 
-def _loaded(model: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
-    adapter = LoraSettings(settings["rank"], settings["alpha"], tuple(settings["targets"]), settings["seed"])
-    return load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        lora=None if settings["full"] else adapter,
-        scheduler=overrides(settings["scheduler"]),
-        **{name: settings[name] for name in ("full", "eta", "height", "width", "quantize", "t5")},
-    )
-
-
-def _deployed(hyper: Mapping[str, Any], steps: int | None, guidance: float | None) -> tuple[int, float]:
-    """Steps and guidance of the evaluation: those asked for, else those of training."""
-    return (
-        hyper.get("steps", 50) if steps is None else steps,
-        hyper.get("guidance", 7.5) if guidance is None else guidance,
-    )
-
-
-def _identity(model: str | Model, reward: Reward | str | Sequence[Reward | str]) -> dict[str, str]:
-    """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
-    named = str(model) if isinstance(model, str | Path) else type(model).__name__
-    return {"model": Path(named).name, "reward": " ".join(part.rpartition("/")[2] for part in _spelled(reward))}
-
-
-def _odd_prompts(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:
-    """What there is to say about the prompts, by tokenizers that are gone later."""
-    seen = trained_on(train, [p.text for p in held])
-    said = [f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise)."] if seen else []
-    long = getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]
-    return said + [f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}" for text in long]
-
-
-def _embed(model: Model, train: list[Prompt], held: list[Prompt], updates: int, batch: int, seed: int) -> None:
-    """Embed the prompts that the run will ask for and free the text encoders, where the model can."""
-    prepare = getattr(model, "prepare", None)
-    if prepare is None:
-        return
-    all_of_them = updates * batch >= len(train)
-    batches = [as_batch(train)] if all_of_them else [batch_of(train, batch, seed, update) for update in range(updates)]
-    batches.append(as_batch(held))
-    prepare([text for b in batches for text in b.prompts], [text for b in batches for text in b.negative_prompts or ()])
-
-
-def _say_ready(model: Model, reward: Reward, train: Sequence[Prompt], held: Sequence[Prompt]) -> None:
-    numbers = sum(p.numel() for p in model.trainable().values())
+def _say_ready(asked: Request) -> None:
+    numbers = sum(p.numel() for p in asked.model.trainable().values())
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"Everything is in order: reward {name_of(reward)}, {len(train)} prompts to train on, {len(held)} held out, "
-        f"{numbers:,} numbers to train. Nothing was written; run it again without --dry-run."
+        f"Everything is in order: reward {name_of(asked.reward)}, {len(asked.train)} prompts to train on, "
+        f"{len(asked.held)} held out, {numbers:,} numbers to train. Nothing was written; run it again without --dry-run."
     )
 
 
-def _bound(method: Callable, model: Model, reward: Reward, hyper: Mapping[str, Any]):
-    return lambda batch, *, state, update, seed, micro_batch: method(
-        model, reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **hyper
+def _bound(function: Callable, asked: Request):
+    return lambda batch, *, state, update, seed, micro_batch: function(
+        asked.model, asked.reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **asked.hyper
     )
 
 

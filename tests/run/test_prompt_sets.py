@@ -77,7 +77,10 @@ def test_what_lies_on_the_disk_wins(tmp_path, monkeypatch, hub):
 
 
 class Rows(list):
+    chosen = None
+
     def select_columns(self, names):
+        Rows.chosen = names
         return [{name: row.get(name) for name in names} for row in self]
 
 
@@ -100,6 +103,7 @@ def test_a_data_set_by_id(hub):
     hub.rows = [{"id": 1, "prompt": " a cat\n"}, {"id": 2, "prompt": None}, {"id": 3, "prompt": "a {red|blue} __x__"}]
     assert [p.text for p in read_prompts("org/name")] == ["a cat", "a {red|blue} __x__"]
     assert hub.asked == [("org/name", "train", True)]
+    assert Rows.chosen == ["prompt"], "pictures that lie beside the prompts are never decoded"
 
 
 @pytest.mark.parametrize(

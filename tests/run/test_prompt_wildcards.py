@@ -61,6 +61,12 @@ def test_wildcards_within_lists_and_alternatives(tmp_path):
     assert found == ["a light red cup", "a dark red cup", "a green cup", "my_own x"]
 
 
+def test_a_choice_that_is_met_twice_counts_once(tmp_path):
+    assert len(texts(tmp_path, "__c__ and __c__", c="{red|blue} cup")) == 4
+    for prompt in read_prompts(tmp_path / "prompts.txt"):
+        assert len(set(prompt.choices)) == len(prompt.choices)
+
+
 def test_jsonl_and_csv_expand_and_negatives_do_not(tmp_path):
     row = {"prompt": "a {red|blue} cup", "negative_prompt": "{a|b}", "metadata": {"n": 1}}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))

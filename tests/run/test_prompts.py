@@ -105,7 +105,7 @@ def test_the_held_out_are_not_all_of_one_alternative(tmp_path):
     """Ten colours: every tenth prompt in order is the white one."""
     train, held = split(read(tmp_path, f"a {alternation(THINGS)} that is {alternation(COLOURS)}"))
     assert (len(train), len(held)) == (63, 7)
-    assert len({p.text.split()[-1] for p in held}) > 3
+    assert all(len({p.text.split()[place] for p in held}) > 3 for place in (1, 4))
     for words in (COLOURS, THINGS):
         assert all(any(word in p.text.split() for p in train) for word in words)
 
@@ -137,6 +137,23 @@ def test_no_alternative_is_ever_missing_from_training(tmp_path):
         assert sorted(map(repr, train + held)) == sorted(map(repr, prompts))
         seen, trained = Counter(c for p in prompts for c in p.choices), {c for p in train for c in p.choices}
         assert not [c for c, n in seen.items() if n > 1 and c not in trained], lines
+
+
+def test_the_same_word_in_two_places_is_two_alternatives(tmp_path):
+    """'red' in the first place does not stand in for a 'red' in the second that is held out with all its prompts."""
+    for i in range(300):
+        line = f"{alternation(COLOURS[i % 5 : i % 5 + 2])} {alternation(COLOURS)} {i}"
+        train, held = split(read(tmp_path, line))
+        assert len(held) == 2
+        assert {p.text.split()[1] for p in train} == set(COLOURS)
+
+
+def test_choices_within_a_list_are_not_missing_either(tmp_path):
+    for i in range(100):
+        (tmp_path / "list.txt").write_text(f"{alternation(THINGS[:2])} {alternation(COLOURS)}")
+        train, held = split(read(tmp_path, f"a __list__ {i}"))
+        assert len(held) == 2
+        assert {p.text.split()[2] for p in train} == set(COLOURS)
 
 
 def test_a_line_with_one_choice_is_like_its_alternatives_written_out(tmp_path):

@@ -277,7 +277,8 @@ def load(model: Latent, folder: str | Path) -> None:
 def _pictures(model: Latent, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
     """(B, 3, H, W) by deterministic DDIM from keyed noise."""
     batch, process = Batch(list(prompts)), replace(model.process, eta=0.0)
-    cond, times = model.encode(batch), process.times(steps)
+    cond = model.encode(batch)
+    times = process.times(steps, cond.shape)
     x, _ = model.start(cond, Draw(seed, 0, batch.index), times)
     for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         x = process.reverse(x, model.x0(x, model.predict(x, t, cond, guidance), t), t, s).mean

@@ -186,7 +186,7 @@ class Flow:
             first, last = (ends if self.dynamic else self.shift * ends / (1 + (self.shift - 1) * ends)).tolist()
             t = torch.linspace(first, last, steps, dtype=torch.float64)
         t = self._shifted(t, shape)
-        if self.terminal:
+        if self.terminal and t[-1] < 1:
             t = 1 - (1 - t) * (1 - self.terminal) / (1 - t[-1])
         return torch.cat([t, torch.tensor([TERMINAL], dtype=torch.float64)])
 

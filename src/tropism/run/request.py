@@ -1,0 +1,138 @@
+"""Reads what a user asked for into objects, and finds everything that cannot be before anything is written."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tropism.core import Batch, Model, Reward, name_of
+from tropism.models.load import load_model
+from tropism.models.lora import LoraSettings
+from tropism.rewards.combine import weighted
+from tropism.rewards.load import check_prompts, load_rewards, require_gradient
+from tropism.run import report
+from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
+from tropism.run.products import trained_on
+from tropism.run.prompts import Prompt, as_batch, batch_of, train_and_held_out
+
+BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
+MODELS_OWN = ("steps", "guidance")
+"""Hyperparameters whose default is the model's own, where it has one."""
+OF_MODEL = ("full", "eta", "height", "width", "quantize", "t5")
+
+Rewards = Reward | str | Sequence[Reward | str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run's model, reward, prompts to train on and held out, and the method's hyperparameters, read and checked."""
+
+    model: Model
+    reward: Reward
+    train: list[Prompt]
+    held: list[Prompt]
+    hyper: dict[str, Any]
+    settings: dict[str, Any]
+    remarks: list[str]
+
+    def batch(self, update: int) -> Batch:
+        """All rows of an update's batch; a pure function."""
+        return batch_of(self.train, self.settings["batch"], self.settings["seed"], update)
+
+    def embed(self) -> None:
+        """Embed the prompts that the run will ask for and free the text encoders, where the model can."""
+        prepare, updates = getattr(self.model, "prepare", None), self.settings["updates"]
+        if prepare is None:
+            return
+        few = updates * self.settings["batch"] < len(self.train)
+        batches = [as_batch(self.held), *([self.batch(u) for u in range(updates)] if few else [as_batch(self.train)])]
+        prepare([t for b in batches for t in b.prompts], [t for b in batches for t in b.negative_prompts or ()])
+
+    def sampling(self) -> tuple[int, float]:
+        """Steps and guidance of the evaluation: those asked for, else those of training."""
+        steps, guidance = self.settings["evaluate_steps"], self.settings["evaluate_guidance"]
+        return (
+            self.hyper.get("steps", 50) if steps is None else steps,
+            self.hyper.get("guidance", 7.5) if guidance is None else guidance,
+        )
+
+
+def read(
+    method: str, function: Callable, model: str | Model, reward: Rewards, options: Mapping[str, Any], settings: dict
+) -> Request:
+    """Everything a run needs, of the settings of `commands.align`. Raises UserError for anything that cannot be."""
+    place, precision = set_up(settings["device"], settings["dtype"], settings["threads"])
+    for name in options:
+        known(name, hyperparameters(function), f"option of {method}")
+    reward_ = read_reward(reward)
+    require_gradient(reward_, f"align {method}")
+    check_numbers(settings)
+    model_ = read_model(model, settings, place, precision) if isinstance(model, str) else model
+    hyper = _resolved(function, model_, options)
+    train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
+    held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
+    check_prompts(reward_, [p.text for p in train + held])
+    negatives = [p.negative for p in train + held]
+    check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
+    return Request(model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
+
+
+def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """An algorithm's own: the keyword arguments of its function."""
+    return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
+
+
+def _resolved(function: Callable, model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every hyperparameter: the user's, else the model's own, else the method's default."""
+    default = lambda name, p: getattr(model, name, p.default) if name in MODELS_OWN else p.default
+    return {n: options.get(n, default(n, p)) for n, p in hyperparameters(function).items()}
+
+
+def read_model(model: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
+    """The model a user named, with the adapter and the options of the settings."""
+    adapter = LoraSettings(settings["rank"], settings["alpha"], tuple(settings["targets"]), settings["seed"])
+    return load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        lora=None if settings["full"] else adapter,
+        scheduler=overrides(settings["scheduler"]),
+        **{name: settings[name] for name in OF_MODEL},
+    )
+
+
+def read_reward(reward: Rewards) -> Reward:
+    """One reward of names and callables; several are summed."""
+    parts = _parts(reward)
+    texts = [p for p in parts if isinstance(p, str)]
+    if len(texts) == len(parts):
+        return load_rewards(texts)
+    loaded = [load_rewards([p]) if isinstance(p, str) else p for p in parts]
+    return loaded[0] if len(loaded) == 1 else weighted([(r, 1.0) for r in loaded])
+
+
+def spelled(reward: Rewards) -> list[str]:
+    """The reward as the user wrote it; objects under their names."""
+    return [p if isinstance(p, str) else name_of(p) for p in _parts(reward)]
+
+
+def _parts(reward: Rewards) -> list[Reward | str]:
+    return [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+
+
+def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
+    """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
+    named = str(model) if isinstance(model, str | Path) else type(model).__name__
+    return {"model": Path(named).name, "reward": " ".join(part.rpartition("/")[2] for part in spelled(reward))}
+
+
+def _remarks(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:
+    seen = trained_on(train, [p.text for p in held])
+    said = [f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise)."] if seen else []
+    long = getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]
+    return said + [f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}" for text in long]

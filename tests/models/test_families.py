@@ -1,0 +1,170 @@
+"""Each family against its own diffusers pipeline, its adapters in that pipeline, and what it cannot do."""
+
+import diffusers
+import pytest
+import torch
+from tiny_families import SIZE
+
+from tropism.align.rollout import sample
+from tropism.core import Batch, Draw, UserError
+from tropism.models import lora
+from tropism.models.load import load_model
+from tropism.models.lora import LoraSettings
+
+PROMPTS = ["red cat", "a cat on mars"]
+FAMILIES = ["sdxl", "sd3", "sd3_without_t5", "flux", "schnell", "auraflow"]
+SIZED = {"height": SIZE, "width": SIZE}
+ADAPTER = LoraSettings(rank=3, alpha=7)
+
+
+def pipeline(folder, name):
+    left_out = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3_without_t5" else {}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **left_out)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, x, guidance, output="latent", negative=None):
+    """The pipeline's own latents (B, C, h, w) or pictures (B, H, W, 3)."""
+    packed = isinstance(pipe, diffusers.FluxPipeline)
+    start = pipe._pack_latents(x.clone(), len(x), *x.shape[1:]) if packed else x.clone()
+    own = {"negative_prompt": negative} if negative else {}
+    call = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": output, **SIZED, **own}
+    out = pipe(PROMPTS, latents=start, **call).images
+    return pipe._unpack_latents(out, SIZE, SIZE, 2) if packed and output == "latent" else out
+
+
+def noise(model):
+    return Draw(1, 0, (0, 1))(0, 0, model.shape)
+
+
+@torch.no_grad()
+def chain(model, x, guidance, negative=None):
+    cond = model.encode(Batch(PROMPTS, negative_prompts=negative))
+    times = model.process.times(10, model.shape).tolist()
+    for t, s in zip(times, times[1:], strict=False):
+        x = model.kernel(x, t, s, cond, guidance)[0].mean
+    return x
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_equals_the_pipeline_with_its_own_scheduler(folders, name, guidance):
+    if name == "schnell" and guidance != 1:
+        return
+    model, pipe = load_model(folders[name], **SIZED), pipeline(folders[name], name)
+    ours = chain(model, noise(model), guidance)
+    torch.testing.assert_close(ours, drawn(pipe, noise(model), guidance), rtol=1e-4, atol=1e-4)
+    pictures = torch.from_numpy(drawn(pipe, noise(model), guidance, "np")).permute(0, 3, 1, 2)
+    torch.testing.assert_close(model.decode(ours).detach(), pictures, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "auraflow"])
+def test_negative_prompts_are_the_pipelines(folders, name):
+    model, pipe = load_model(folders[name], **SIZED), pipeline(folders[name], name)
+    ours = chain(model, noise(model), 4.0, ["mars", "on"])
+    torch.testing.assert_close(ours, drawn(pipe, noise(model), 4.0, negative=["mars", "on"]), rtol=1e-4, atol=1e-4)
+    assert (ours - chain(model, noise(model), 4.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_reloads_in_the_plain_pipeline_exactly(folders, name, tmp_path):
+    """The file as diffusers itself reads it gives the very same latents; and `verify` finds a difference of 0."""
+    model = load_model(folders[name], lora=ADAPTER, **SIZED)
+    base = chain(model, noise(model), 1.0)
+    with torch.no_grad():
+        for i, p in enumerate(model.trainable().values()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    lora.save(model, tmp_path)
+    assert lora.verify(model, tmp_path, prompts=PROMPTS, guidance=1.0) == 0
+    pipe = pipeline(folders[name], name)
+    plain = drawn(pipe, noise(model), 1.0)
+    pipe.load_lora_weights(tmp_path)
+    adapted = drawn(pipe, noise(model), 1.0)
+    mine = chain(model, noise(model), 1.0)
+    torch.testing.assert_close(mine, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - plain).abs().max() > 0.01
+    assert (mine - base).abs().max() > 0.01
+    fresh = load_model(folders[name], lora=ADAPTER, **SIZED)
+    lora.load(fresh, tmp_path)
+    assert torch.equal(chain(fresh, noise(model), 1.0), mine)
+
+
+def test_an_adapter_of_another_family(folders, tmp_path):
+    flux = load_model(folders["flux"], lora=ADAPTER, **SIZED)
+    lora.save(flux, tmp_path)
+    with pytest.raises(UserError, match=r"does not fit.*missing.*unexpected"):
+        lora.load(load_model(folders["sd3"], lora=ADAPTER), tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_odd_sizes(folders, name):
+    with pytest.raises(UserError, match=r"18x17 is not a multiple of \d.*--height 1[68] --width"):
+        load_model(folders[name], height=18, width=17)
+    model = load_model(folders[name], height=24, width=SIZE)
+    out = sample(model, Batch(PROMPTS[:1]), Draw(0, 0, (0,)), steps=2, guidance=1.0)
+    assert out.shape == (1, 3, 24, SIZE)
+
+
+def test_guidance_and_negatives_on_distilled_models(folders):
+    dev, schnell = (load_model(folders[name], **SIZED) for name in ("flux", "schnell"))
+    dev.check_request(3.5)
+    schnell.check_request(1)
+    assert (schnell.steps, schnell.guidance, dev.guidance) == (4, 1.0, 3.5)
+    with pytest.raises(UserError, match=r"guidance is 3\.5.*distilled.*--guidance 1"):
+        schnell.check_request(3.5)
+    with pytest.raises(UserError, match="no place for a negative prompt"):
+        dev.check_request(3.5, ["", "blur"])
+
+
+def test_t5_is_optional_where_the_pipeline_allows(folders):
+    without, never_had = load_model(folders["sd3"], t5=False), load_model(folders["sd3_without_t5"])
+    assert without.texts.encoders.text_encoder_3 is None
+    text = without.encode(Batch(PROMPTS)).positive["text"]
+    assert torch.equal(text, never_had.encode(Batch(PROMPTS)).positive["text"])
+    assert not torch.equal(text, load_model(folders["sd3"]).encode(Batch(PROMPTS)).positive["text"])
+    with pytest.raises(UserError, match="FluxPipeline needs all of its text encoders"):
+        load_model(folders["flux"], t5=False)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "auraflow"])
+def test_encoders_are_freed_and_read_again(folders, name):
+    model, other = load_model(folders[name], **SIZED), load_model(folders[name], **SIZED)
+    assert model.prepare(PROMPTS)
+    assert model.texts._pipe is None
+    mine, theirs = model.encode(Batch(PROMPTS)), other.encode(Batch(PROMPTS))
+    assert all(torch.equal(mine.positive[k], v) for k, v in theirs.positive.items())
+    assert model.texts._pipe is None
+    model.encode(Batch(["a dog"]))
+    assert model.texts._pipe is not None
+
+
+def test_encoders_stay_where_the_embeddings_would_not_fit(folders, monkeypatch):
+    monkeypatch.setattr("tropism.models.text.ROOM", 300_000)
+    model = load_model(folders["flux"], **SIZED)
+    assert not model.prepare([f"cat {i}" for i in range(20)])
+    assert model.encode(Batch([f"cat {i}" for i in range(20)])).positive["text"].shape[0] == 20
+    assert len(model.texts._kept) < 20
+
+
+def test_a_vae_that_overflows_in_half_precision_stays_wide(folders):
+    half, whole = load_model(folders["sdxl"], dtype=torch.float16), load_model(folders["sdxl"])
+    assert (half.vae.dtype, half.network.dtype, half.dtype) == (torch.float32, torch.float16, torch.float16)
+    x = noise(whole)
+    torch.testing.assert_close(half.decode(x), whole.decode(x), rtol=0, atol=2e-3)  # its file was rounded, no more
+
+
+def test_scheduler_keys_for_few_step_variants(folders):
+    few = load_model(folders["sdxl"], scheduler={"timestep_spacing": "trailing"})
+    assert few.process.times(4)[:2].tolist() == [999, 749]
+    assert load_model(folders["sd3"], scheduler={"shift": 6.0}).process.shift == 6
+    with pytest.raises(UserError, match=r"no 'timestep_spacin'. Did you mean timestep_spacing"):
+        load_model(folders["sdxl"], scheduler={"timestep_spacin": "trailing"})
+
+
+def test_quantised_bases_need_the_library(folders, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_model(folders["sd3"], quantize="4bit")
+    with pytest.raises(UserError, match="quantize is '3bit'"):
+        load_model(folders["sd3"], quantize="3bit")
