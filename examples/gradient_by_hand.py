@@ -10,7 +10,8 @@ from tropism.rewards.jpeg import compressibility
 model = load_model("shapes")
 batch = Batch(["three red circles on sand", "one blue star on mint"])
 draw = Draw(seed=0, update=0, index=batch.index)
-cond, times = model.encode(batch, draw), model.process.times(10)
+cond = model.encode(batch, draw)
+times = model.process.times(10, cond.shape)
 x_T, first = model.start(cond, draw, times)
 chain = Chain(
     model, compressibility(), batch, cond, draw, tuple(times.tolist()), guidance=2.0, active=(True,) * 10, first=first

@@ -13,7 +13,7 @@ ORDER = [
     {"core", "plugin"},
     {"process"},
     {"worlds"},
-    {"models", "rewards"},
+    {"models", "rewards", "prompts"},
     {"align", "guide", "restore"},
     {"scene"},
     {"run"},

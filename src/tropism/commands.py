@@ -17,16 +17,20 @@ from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.load import BUNDLED, load_model
 from tropism.models.lora import LoraSettings
+from tropism.prompts.batches import own_rows
 from tropism.run import request
 from tropism.run.checks import known, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
-from tropism.run.prompts import own_rows
 from tropism.run.record import Recorder
 from tropism.run.request import Request
 
 METHODS = {"alignprop": alignprop}
+OF_FIT = (
+    *("out", "updates", "lr", "weight_decay", "clip", "ema", "schedule", "seed", "micro_batch"),
+    *("checkpoint_every", "evaluate_every"),
+)
 NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
 
 
@@ -133,22 +137,12 @@ def align(
             _bound(function, asked),
             asked.model.trainable(),
             lambda update: own_rows(asked.batch(update)),
-            updates=updates,
-            out=out,
             recorder=recorder,
-            lr=lr,
-            weight_decay=weight_decay,
-            clip=clip,
-            ema=ema,
-            schedule=schedule,
-            seed=seed,
-            micro_batch=micro_batch,
-            checkpoint_every=checkpoint_every,
             resume=resume,
             evaluate=judge,
-            evaluate_every=evaluate_every,
             callback=callback,
             finish=products.write,
+            **{name: settings[name] for name in OF_FIT},
         )
     return Run(Path(out), judge.before, judge.after, result, products.difference)
 

@@ -1,5 +1,7 @@
 """Each family against its own diffusers pipeline, its adapters in that pipeline, and what it cannot do."""
 
+from itertools import pairwise
+
 import diffusers
 import pytest
 import torch
@@ -42,7 +44,7 @@ def noise(model):
 def chain(model, x, guidance, negative=None):
     cond = model.encode(Batch(PROMPTS, negative_prompts=negative))
     times = model.process.times(10, model.shape).tolist()
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = model.kernel(x, t, s, cond, guidance)[0].mean
     return x
 

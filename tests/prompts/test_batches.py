@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tropism.core import UserError
-from tropism.run.prompts import Prompt, batch_of, read_prompts, split, train_and_held_out
+from tropism.prompts.batches import Prompt, batch_of, read_prompts, split, train_and_held_out
 
 
 @pytest.mark.parametrize(

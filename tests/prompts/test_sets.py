@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from tropism.core import UserError
-from tropism.run import prompt_sets
-from tropism.run.prompts import read_prompts, train_and_held_out
+from tropism.prompts import sets as prompt_sets
+from tropism.prompts.batches import read_prompts, train_and_held_out
 
 # ---------------------------------------------------------------------------------------------------- bundled
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tropism.core import UserError
-from tropism.run import prompt_wildcards
-from tropism.run.prompts import read_prompts
+from tropism.prompts import wildcards as prompt_wildcards
+from tropism.prompts.batches import read_prompts
 
 
 def texts(tmp_path, *lines, **lists):

@@ -13,9 +13,9 @@ from typing import Any
 import torch.distributed as dist
 
 from tropism.core import Batch, Stream, UserError, generator
-from tropism.run.prompt_files import READERS, Prompt, check_lengths, from_row, read_file
-from tropism.run.prompt_sets import DATASET, bundled, nearest, read_dataset
-from tropism.run.prompt_wildcards import expand
+from tropism.prompts.files import READERS, Prompt, check_lengths, from_row, read_file
+from tropism.prompts.sets import DATASET, bundled, nearest, read_dataset
+from tropism.prompts.wildcards import expand
 from tropism.worlds import shapes
 
 __all__ = ["Prompt", "as_batch", "batch_of", "own_rows", "read_prompts", "split", "train_and_held_out"]

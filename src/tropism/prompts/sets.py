@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from tropism.core import UserError
-from tropism.run.prompt_files import Prompt, from_row
+from tropism.prompts.files import Prompt, from_row
 
 DATASET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<column>[^@]+))?(@(?P<split>.+))?")
 """org/name, org/name:column, org/name@split or org/name:column@split."""

@@ -10,8 +10,8 @@ from itertools import chain, product
 from pathlib import Path
 
 from tropism.core import UserError
-from tropism.run.prompt_files import Prompt, read_file
-from tropism.run.prompt_sets import bundled, nearest
+from tropism.prompts.files import Prompt, read_file
+from tropism.prompts.sets import bundled, nearest
 
 MOST = 100_000
 

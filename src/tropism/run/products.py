@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from tropism.core import Model, Reward, UserError, name_of
 from tropism.models import lora
-from tropism.models.lora import LoraSettings
 from tropism.models.latent import Latent
+from tropism.models.lora import LoraSettings
+from tropism.prompts.batches import Prompt, as_batch
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure
 from tropism.run.evaluate import evaluate as measured
 from tropism.run.optimiser import is_main
-from tropism.run.prompts import Prompt, as_batch
 from tropism.run.record import Recorder
 from tropism.worlds import shapes, taste
 

@@ -13,12 +13,12 @@ import torch
 from tropism.core import Batch, Model, Reward, name_of
 from tropism.models.load import load_model
 from tropism.models.lora import LoraSettings
+from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
 from tropism.rewards.combine import weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
 from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
 from tropism.run.products import trained_on
-from tropism.run.prompts import Prompt, as_batch, batch_of, train_and_held_out
 
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 MODELS_OWN = ("steps", "guidance")
