@@ -18,7 +18,8 @@ from tropism.core import UserError
 NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no chain needs."""
 LIBRARIES = ("diffusers", "transformers")
-QUANTISED = {"8bit": "bitsandbytes_8bit", "4bit": "bitsandbytes_4bit"}
+QUANTISED = {"8bit": "torchao", "4bit": "bitsandbytes"}
+"""Bits of the frozen denoiser's weights, and the library that holds them so."""
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def read_pipeline(
     if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
         own |= {"safety_checker": None, "requires_safety_checker": False}
     if quantize:
-        own["quantization_config"] = _quantisation(*quantize, dtype)
+        own["quantization_config"] = _quantisation(*quantize, device, dtype)
     try:
         with quiet():
             pipe = kind.from_pretrained(str(source), use_safetensors=True, dtype=dtype, **own)
@@ -163,21 +164,26 @@ def read_pipeline(
     return pipe
 
 
-def _quantisation(bits: str, part: str, dtype: torch.dtype) -> Any:
+def _quantisation(bits: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     if bits not in QUANTISED:
         raise UserError(
             f"quantize is {bits!r}; it must be one of {', '.join(QUANTISED)}. Leave --quantize out for none."
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    library = QUANTISED[bits]
+    if importlib.util.find_spec(library) is None:
         raise UserError(
-            f"quantize={bits} needs bitsandbytes, which is not installed. Install it (pip install bitsandbytes), or leave "
+            f"quantize={bits} needs {library}, which is not installed. Install it (pip install {library}), or leave "
             "--quantize out."
         )
+    if bits == "4bit" and device.type != "cuda":
+        raise UserError(
+            f"quantize=4bit needs a GPU, and the device is {device.type}. Use --quantize 8bit or --device cuda."
+        )
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+    from diffusers.quantizers.quantization_config import BitsAndBytesConfig, TorchAoConfig
 
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return PipelineQuantizationConfig(
-        quant_backend=QUANTISED[bits],
-        quant_kwargs=four if bits == "4bit" else {"load_in_8bit": True},
-        components_to_quantize=[part],
-    )
+    if bits == "4bit":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        config = TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(version=2))
+    return PipelineQuantizationConfig(quant_mapping={part: config})

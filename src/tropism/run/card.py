@@ -13,6 +13,9 @@ import yaml
 from tropism.run.pictures import plain
 from tropism.run.report import Finished, number, rows, spread
 
+SHOWN = 8
+"""Pictures a strength is measured on."""
+
 
 def safe(text: str) -> str:
     """Any text as one line of Markdown that shows exactly that text: no markup, no HTML, no link, no table cell, no
@@ -55,7 +58,7 @@ def _numbers(run: Finished) -> str:
 def _loading(run: Finished) -> str:
     prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
     load = (
-        'pipe.load_lora_weights("lora")  # this folder\'s lora/\n'
+        'pipe.load_lora_weights("lora", adapter_name="tropism")  # this folder\'s lora/\n'
         if run.adapter
         else 'pipe.unet.load_state_dict(load_file("weights/trained.safetensors"))  # in this folder\n'
     )
@@ -67,6 +70,20 @@ def _loading(run: Finished) -> str:
         + f'pipe({prompt}).images[0].save("picture.png")',
         "python",
     )
+
+
+def _strengths(run: Finished) -> list[str]:
+    """What less or more of the adapter gives: the first remedy for one that went too far."""
+    if not run.strengths:
+        return []
+    names = list(next(iter(run.strengths.values())))
+    head = f"| strength | {' | '.join(safe(n) for n in names)} |\n|---:|{'---:|' * len(names)}"
+    lines = [f"| {s:g} | {' | '.join(number(row[n]) for n in names)} |" for s, row in run.strengths.items()]
+    return [
+        "## Strength",
+        f'Means over {SHOWN} of the held-out pictures at most, with `pipe.set_adapters("tropism", strength)`:',
+        "\n".join([head, *lines]),
+    ]
 
 
 def card(run: Finished) -> str:
@@ -89,6 +106,7 @@ def card(run: Finished) -> str:
                 f"{len(run.before.prompts)} held-out pictures, the same seeds before and after; the change is paired.",
                 _numbers(run),
                 "![curves](reward.png)",
+                *_strengths(run),
                 "## Rewards",
                 rewards,
                 "## Prompts",

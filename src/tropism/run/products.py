@@ -26,6 +26,9 @@ from tropism.run.optimiser import is_main
 from tropism.run.record import Recorder
 from tropism.worlds import shapes, taste
 
+STRENGTHS = (0.25, 0.5, 0.75, 1.25)
+"""Multiples of the adapter's effect that the model card tells of, beside 0 and 1."""
+
 
 def weights_of(reward: Reward) -> dict[str, float]:
     """The weight of every part of a reward, by name."""
@@ -65,17 +68,8 @@ class Judge:
     ):
         self.file = out / "samples" / "before.safetensors"
         self.prompts = [p.text for p in held]
-        self.measure = partial(
-            measured,
-            model,
-            reward,
-            as_batch(held),
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            measures=measures_for(self.prompts),
-            batch_size=batch,
-        )
+        self._measure = partial(measured, model, reward, steps=steps, guidance=guidance, seed=seed, batch_size=batch)
+        self._asked, self._measures = as_batch(held), measures_for(self.prompts)
         self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self.identity = {
@@ -102,6 +96,10 @@ class Judge:
                 f"This run was begun with another {' and another '.join(changed)}; its pictures before and after would not "
                 "compare. Resume with the settings in its config.yaml, or choose another --out."
             )
+
+    def measure(self, base: torch.Tensor | None = None, only: int | None = None) -> Evaluation:
+        """Draw and measure the held-out prompts now, or the first few of them."""
+        return self._measure(self._asked[:only], measures=self._measures, base=base)
 
     @property
     def before(self) -> Evaluation:
@@ -193,10 +191,22 @@ class Products:
             lines=self.recorder.lines(),
             limits=self._limits(),
             adapter=self.difference is not None,
+            strengths=self._strengths() if self.difference is not None else {},
         )
         report.write(self.out, done)
         card.write(self.out, done)
         self.recorder.say(self._summary(report.rows(before, after)))
+
+    def _strengths(self) -> dict[float, dict[str, float]]:
+        """The means of the first few held-out pictures at several strengths of the adapter, on the same noise."""
+        few = lambda found: {
+            n: v[: card.SHOWN].double().mean().item() for n, v in found.columns.items() if n != "drift"
+        }
+        model, measured = cast(Latent, self.model), {0.0: few(self.judge.before), 1.0: few(self.judge.after)}
+        for strength in STRENGTHS:
+            with lora.scaled(model, strength):
+                measured[strength] = few(self.judge.measure(only=card.SHOWN))
+        return dict(sorted(measured.items()))
 
     def _limits(self) -> list[str]:
         n, seen = len(self.judge.prompts), trained_on(self.train, self.judge.prompts)

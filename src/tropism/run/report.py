@@ -28,7 +28,8 @@ class Finished:
     base: what the model is called; load: the Python expression that gives a diffusers pipeline its weights
     ("'folder'").
     rewards: weight by reward name. prompts: those trained on. before, after: the same prompts and seeds. lines:
-    metrics.jsonl. adapter: whether lora/ holds the result, else weights/trained.safetensors does.
+    metrics.jsonl. adapter: whether lora/ holds the result, else weights/trained.safetensors does. strengths: for each
+    multiple of the adapter's effect what was measured with it, by name.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Finished:
     lines: list[dict[str, Any]]
     limits: list[str] = field(default_factory=list)
     adapter: bool = True
+    strengths: dict[float, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
