@@ -154,7 +154,9 @@ def test_fused_rows_have_the_right_sizes(folders, tmp_path):
 # ---------------------------------------------------------------------------------------------------- diffusers as the reader
 
 # what this version of diffusers leaves out or cannot split: a single block's linear1 has the widths of the real Flux there
-UNREAD = re.compile(r"single_transformer_blocks\.\d+\.(attn|proj_mlp)|(x|context)_embedder|time_text|^norm_out|^proj_out")
+UNREAD = re.compile(
+    r"single_transformer_blocks\.\d+\.(attn|proj_mlp)|(x|context)_embedder|time_text|^norm_out|^proj_out"
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

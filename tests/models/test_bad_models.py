@@ -1,0 +1,118 @@
+"""Models that cannot be read: what the hub and the disk can answer, each in one clear line."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from tiny_families import tiny_sd3
+
+from tropism.core import UserError
+from tropism.models.load import load_model
+
+ANSWERS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "bare": (404, "EntryNotFound")}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub on the loopback that refuses: org/gated, org/private, and org/bare, which has no files."""
+
+    def do_GET(self):
+        status, code = ANSWERS[self.path.split("/")[2]]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+ASK = """
+import sys
+from tropism.core import UserError
+from tropism.models.load import load_model
+for name in sys.argv[1:]:
+    try:
+        load_model(name)
+    except UserError as error:
+        print(name, "->", error)
+"""
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def asked(names, tmp_path, **environment):
+    own = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, env=own, timeout=120)
+    return dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
+
+
+def test_hub_ids_that_refuse(hub, tmp_path):
+    said = asked(["org/gated", "org/private", "org/bare"], tmp_path, HF_ENDPOINT=hub)
+    assert "org/gated is gated. Accept its licence" in said["org/gated"]
+    assert "the hub knows no 'org/private', or it is private" in said["org/private"]
+    assert "model_index.json" in said["org/bare"]
+
+
+def test_a_hub_id_offline_names_the_missing_file(tmp_path):
+    said = asked(["stabilityai/stable-diffusion-xl-base-1.0"], tmp_path, HF_HUB_OFFLINE="1")
+    (line,) = said.values()
+    assert "model_index.json of 'stabilityai/stable-diffusion-xl-base-1.0' could not be fetched" in line
+    assert "not in the cache" in line
+
+
+def changed(folder, part, **values):
+    file = folder / part
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return tiny_sd3(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [["pipeline_mine", "Mine"], "HunyuanVideoPipeline"])
+def test_pipelines_that_nothing_here_reads(mine, name):
+    changed(mine, "model_index.json", _class_name=name)
+    with pytest.raises(UserError, match="never done here" if isinstance(name, list) else "is a HunyuanVideoPipeline"):
+        load_model(mine)
+
+
+@pytest.mark.parametrize("where", ["model_index.json", "text_encoder/config.json"])
+def test_code_of_their_own_is_never_run(mine, where):
+    """A part of a class of its own, or a transformers config with an auto_map, is refused before any file of it is opened."""
+    (mine / "evil.py").write_text("raise SystemExit('run')")
+    own = {"transformer": ["evil", "Net"]} if where == "model_index.json" else {"auto_map": {"AutoModel": "evil.Net"}}
+    changed(mine, where, **own)
+    with pytest.raises(UserError, match="running code that comes with it"):
+        load_model(mine)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_3", "vae", "transformer"])
+def test_a_part_that_is_missing(mine, part):
+    (mine / part).rename(mine / "elsewhere")
+    with pytest.raises(UserError, match=f"has no {part} folder"):
+        load_model(mine)
+
+
+def test_a_file_that_is_missing(mine):
+    next((mine / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="could not be read"):
+        load_model(mine)
+
+
+def test_a_scheduler_of_another_kind(mine):
+    changed(mine, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    with pytest.raises(UserError, match="The scheduler is DDIMScheduler.*flow matching"):
+        load_model(mine)
