@@ -52,6 +52,14 @@ def finished(prompts=("three red circles on sand", EVIL, "word " * 200, "x" * 50
     return report.Finished(**(values | changes))
 
 
+def test_the_card_tells_what_each_strength_gives():
+    text = card.card(finished(strengths={0.0: {"reward": 1.0, "a|b": 2.0}, 0.5: {"reward": 1.5, "a|b": 2.25}}))
+    table = [line for line in text.splitlines() if line.startswith(("| strength", "| 0"))]
+    assert table == ["| strength | reward | a\\|b |", "| 0 | 1 | 2 |", "| 0.5 | 1.5 | 2.25 |"]
+    assert 'load_lora_weights("lora", adapter_name="tropism")' in text
+    assert "## Strength" not in card.card(finished())
+
+
 class Tags(HTMLParser):
     def __init__(self):
         super().__init__()
