@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tropism import core
-from tropism.core import Batch, Draw, Process, Stream, UserError
+from tropism.core import Batch, Draw, Stream, UserError
 from tropism.models import lora as adapters
 from tropism.models import pipeline, schedule
 from tropism.models.lora import LoraSettings
 from tropism.models.text import Text, TextCond, Texts
+from tropism.process.gaussian import VP, Flow
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +146,7 @@ class Latent:
 
     # ------------------------------------------------------------------------------------------------ of a family
 
-    def process_of(self, config: Mapping[str, Any], eta: float) -> Process:
+    def process_of(self, config: Mapping[str, Any], eta: float) -> VP | Flow:
         """The chain of a scheduler's configuration."""
         return schedule.flow(config, eta, patch=self.patch)
 

@@ -5,9 +5,8 @@
 What the true peak is. Plain: everything saved for the backward is alive when the forward ends; the first operators
 of the backward add their cotangents. Checkpointed: only what the boundaries keep is alive then; the backward frees the
 boundaries behind it and recomputes one block at a time, which brings back all that block saves and its working tensors.
-`saved_bytes + block_bytes` is the part autograd keeps. `peak_bytes` follows every tensor from its birth to its death
-through forward, recomputation and backward, working tensors included, so it is never below what autograd keeps at any one
-time. Kernels' private workspaces and the allocator's fragmentation are not in it; `room` leaves a tenth for them.
+`saved_bytes + block_bytes` is the part autograd keeps. `peak_bytes` follows every tensor from birth to death through
+forward, recomputation and backward. Kernels' private workspaces and the allocator's fragmentation are in neither.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ from tropism.core import UserError
 
 GPUS = (10, 12, 16, 24, 40, 48, 80, 141)
 """Memory sizes that cards are sold by, GB."""
+_TRANSFORMERS = ("SD3Transformer2DModel", "FluxTransformer2DModel", "AuraFlowTransformer2DModel")
+NETWORKS = ("UNet2DConditionModel", *_TRANSFORMERS, "AutoencoderKL")
+"""The diffusers classes whose inputs `inputs_of` knows."""
 _ADAPTER = ".lora_"
 
 
@@ -65,42 +68,55 @@ def count(
 
     network: any device, left as it is; base weights count as frozen in `dtype`, adapter factors in the dtype they have.
     inputs: tensors of any device by argument name, see `inputs_of`; only their shapes matter. Attention counts as flash.
-    checkpointing: recompute the network's blocks, as diffusers' enable_gradient_checkpointing does.
+    checkpointing: recompute the network's blocks, as diffusers' enable_gradient_checkpointing does; diffusers networks only.
     """
     network = _on_meta(network, dtype)
-    inputs = tree_map_only(Tensor, lambda t: _shape_of(t, dtype), dict(inputs))
+    shaped = lambda t: torch.empty_like(t, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
+    inputs = tree_map_only(Tensor, shaped, dict(inputs))
     next(iter(inputs.values())).requires_grad_()
     weights = [*network.parameters(), *network.buffers()]
-    run = lambda: _first(getattr(network, method)(**inputs))
+    run = lambda: _tensors(getattr(network, method)(**inputs))[0]
     with torch.enable_grad(), torch.device("meta"), flash_attention():
         kept, block = _kept(network, run, weights, checkpointing)
         forward, backward, most = _pass(network, run, [*weights, *_tensors(inputs)], checkpointing)
-    parameters = list(network.parameters())
-    return Footprint(
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        parameter_bytes=sum(w.nbytes for w in weights),
-        forward_flops=forward,
-        backward_flops=backward,
-        saved_bytes=kept,
-        block_bytes=block,
-        peak_bytes=most,
-    )
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    return Footprint(total, trainable, sum(w.nbytes for w in weights), forward, backward, kept, block, most)
 
 
 def inputs_of(network: Any, height: int, width: int, *, tokens: int, rows: int = 1) -> dict[str, Any]:
-    """Meta inputs of a denoiser, or of an AutoencoderKL's decode, for latents (rows, C, height, width); the latents first.
+    """Meta inputs of one of NETWORKS (AutoencoderKL: of its decode) for latents (rows, C, height, width); the latents first.
 
-    network: a UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel or AutoencoderKL; only its config is read.
-    tokens: length of the prompt embeddings. Raises UserError for another network.
+    network: only its config is read. tokens: length of the prompt embeddings. Raises UserError for another network.
     """
-    kind = type(network).__name__
-    if kind not in _INPUTS:
+    kind, config = type(network).__name__, network.config
+    if kind not in NETWORKS:
         raise UserError(
-            f"The memory of a {kind} cannot be counted: its inputs are not known here. Known: {', '.join(_INPUTS)}. Give "
-            "`count` the inputs yourself."
+            f"The inputs of a {kind} are not known here, so its memory cannot be counted. Known: {', '.join(NETWORKS)}. "
+            "Give `count` the inputs yourself."
         )
-    return _INPUTS[kind](network.config, height, width, tokens, lambda *shape: torch.empty(rows, *shape, device="meta"))
+    make = lambda *shape: torch.empty(rows, *shape, device="meta")
+    if kind == "AutoencoderKL":
+        return {"z": make(config.latent_channels, height, width)}
+    patches = height * width // 4  # Flux's pipeline makes tokens of 2 x 2 latent pixels
+    packed, unet = kind.startswith("Flux"), kind.startswith("UNet")
+    latents = make(patches, config.in_channels) if packed else make(config.in_channels, height, width)
+    text = make(tokens, config.cross_attention_dim if unet else config.joint_attention_dim)
+    inputs: dict[str, Any] = {
+        "sample" if unet else "hidden_states": latents,
+        "timestep": make(),
+        "encoder_hidden_states": text,
+    }
+    if "pooled_projection_dim" in config:
+        inputs["pooled_projections"] = make(config.pooled_projection_dim)
+    if packed:
+        inputs |= {"img_ids": make(patches, 3)[0], "txt_ids": make(tokens, 3)[0]}  # places, the same for every row
+    if config.get("guidance_embeds"):
+        inputs["guidance"] = make()
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": make(pooled), "time_ids": make(6)}
+    return inputs
 
 
 # ---------------------------------------------------------------------------------------------------- an update
@@ -150,65 +166,20 @@ def room(gigabytes: float) -> int:
     return int(0.9 * gigabytes * 2**30)
 
 
-# ---------------------------------------------------------------------------------------------------- inputs
-
-_Make = Callable[..., Tensor]
-
-
-def _unet(config: Any, height: int, width: int, tokens: int, make: _Make) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"sample": make(config.in_channels, height, width), "timestep": make()}
-    inputs["encoder_hidden_states"] = make(tokens, config.cross_attention_dim)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": make(pooled), "time_ids": make(6)}
-    return inputs
-
-
-def _sd3(config: Any, height: int, width: int, tokens: int, make: _Make) -> dict[str, Any]:
-    inputs = {"hidden_states": make(config.in_channels, height, width), "timestep": make()}
-    inputs["encoder_hidden_states"] = make(tokens, config.joint_attention_dim)
-    return {**inputs, "pooled_projections": make(config.pooled_projection_dim)}
-
-
-def _flux(config: Any, height: int, width: int, tokens: int, make: _Make) -> dict[str, Any]:
-    patches = height * width // 4
-    inputs = {"hidden_states": make(patches, config.in_channels), "timestep": make()}
-    inputs["encoder_hidden_states"] = make(tokens, config.joint_attention_dim)
-    inputs["pooled_projections"] = make(config.pooled_projection_dim)
-    inputs |= {"img_ids": make(patches, 3)[0], "txt_ids": make(tokens, 3)[0]}  # places, the same for every row
-    return {**inputs, "guidance": make()} if config.guidance_embeds else inputs
-
-
-def _vae(config: Any, height: int, width: int, tokens: int, make: _Make) -> dict[str, Any]:
-    return {"z": make(config.latent_channels, height, width)}
-
-
-_INPUTS = {
-    "UNet2DConditionModel": _unet,
-    "SD3Transformer2DModel": _sd3,
-    "FluxTransformer2DModel": _flux,
-    "AutoencoderKL": _vae,
-}
-
-
 # ---------------------------------------------------------------------------------------------------- on meta
 
 
-def _on_meta(network: nn.Module, dtype: torch.dtype) -> Any:
+def _on_meta(network: Any, dtype: torch.dtype) -> Any:
     """A meta copy in eval mode: a diffusers network built anew from its config, with its adapter; any other deep-copied."""
     with torch.device("meta"):
-        copied: Any = _built(network) if hasattr(network, "from_config") else _deep(network)
+        built = hasattr(network, "from_config")
+        copied: Any = type(network).from_config(network.config) if built else _deep(network)
+        for name, settings in getattr(network, "peft_config", {}).items():
+            copied.add_adapter(settings, name)
     wide = {name: p.dtype for name, p in network.named_parameters() if _ADAPTER in name}
     nn.Module.to(copied, dtype).eval()
     for name, p in copied.named_parameters():
         p.requires_grad_(name in wide).data = p.data.to(wide.get(name, dtype))
-    return copied
-
-
-def _built(network: Any) -> Any:
-    copied = type(network).from_config(network.config)
-    for name, settings in getattr(network, "peft_config", {}).items():
-        copied.add_adapter(settings, name)
     return copied
 
 
@@ -217,15 +188,6 @@ def _deep(network: nn.Module) -> nn.Module:
     done: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
     done |= {id(b): torch.empty_like(b, device="meta") for b in network.buffers()}
     return copy.deepcopy(network, done)
-
-
-def _shape_of(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
-
-
-def _first(output: Any) -> Tensor:
-    """The tensor of a diffusers output, a tuple or a plain tensor."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -251,9 +213,6 @@ def flash_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
-
-
-# ---------------------------------------------------------------------------------------------------- what is kept
 
 
 class _Kept:
@@ -331,15 +290,10 @@ class _Meter(TorchDispatchMode):
 
 def _pass(network: Any, run: Callable[[], Tensor], known: list[Tensor], checkpointing: bool) -> tuple[int, int, int]:
     """(forward FLOPs, backward FLOPs, most bytes alive) of one real pass over meta tensors."""
-    if checkpointing:
-        network.enable_gradient_checkpointing(_recomputed)
+    if checkpointing:  # without the generator's state, which meta has none of
+        network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     with _Meter(known) as meter:
         out = run()
         forward = meter.flops
         out.backward(torch.empty_like(out))
     return forward, meter.flops - forward, meter.most
-
-
-def _recomputed(module: Callable, *inputs: Any) -> Any:
-    # without the generator's state, which meta has none of
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
