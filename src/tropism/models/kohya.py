@@ -12,9 +12,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tropism.core import UserError
 from tropism.models.auraflow import AuraFlow
@@ -22,6 +24,7 @@ from tropism.models.flux import Flux
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings, module_of
 from tropism.models.sd3 import StableDiffusion3
+from tropism.models.sdxl import StableDiffusionXL
 from tropism.models.stable_diffusion import StableDiffusion
 
 Pair = tuple[Tensor, Tensor]
@@ -92,6 +95,87 @@ def kohya(layers: Mapping[str, Tensor], settings: LoraSettings, family: type[Lat
             "Export it as --format diffusers."
         )
     return dict(sorted(layout(_pairs(layers, settings.scale)).items()))
+
+
+def metadata(
+    tensors: Mapping[str, Tensor], family: type[Latent], config: Mapping[str, Any], title: str
+) -> dict[str, str]:
+    """The header that kohya's scripts write and other programs show: rank, alpha and, where it is known, the base's version.
+
+    config: of the denoiser. The names of versions and architectures are sd-scripts' own.
+    """
+    ranks = {len(v) for k, v in tensors.items() if k.endswith(("lora_down.weight", "lora_A.weight"))}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+    version, architecture = _version(family, config)
+    found = {
+        "format": "pt",
+        "ss_network_module": "networks.lora_flux" if issubclass(family, Flux) else "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_output_name": title,
+        "ss_base_model_version": version,
+        "ss_v2": "True" if version == "sd_v2" else "",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": title,
+        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": architecture and f"{architecture}/lora",
+    }
+    return {k: v for k, v in found.items() if v}
+
+
+def _version(family: type[Latent], config: Mapping[str, Any]) -> tuple[str, str]:
+    """sd-scripts' version and architecture of a base, "" where it has none."""
+    if issubclass(family, StableDiffusionXL):
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    if issubclass(family, Flux):
+        return "flux1", "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell"
+    if issubclass(family, StableDiffusion3):
+        return "", "stable-diffusion-3"
+    second = "stable-diffusion-v2-" + ("768-v" if config.get("sample_size") == 96 else "512")
+    of_text = {"768": ("sd_v1", "stable-diffusion-v1"), "1024": ("sd_v2", second)}
+    return of_text.get(str(config.get("cross_attention_dim")), ("", ""))
+
+
+def check_fits(layers: Mapping[str, Tensor], network: nn.Module, folder: str | Path, source: str) -> None:
+    """Raises UserError if an adapter names modules or widths that a denoiser (without weights will do) does not have."""
+    shapes = {n: m.weight.shape for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    odd = sorted({fault for k, v in layers.items() if (fault := _fault(k, v, shapes))})
+    if odd or not layers:
+        raise UserError(
+            f"The adapter in {folder} is not one of {source} ({type(network).__name__}): {len(odd)} of its names or widths are "
+            f"not there: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''}. It looks like {_looks_like(layers)}. "
+            "Name the base it was trained on: --model."
+        )
+
+
+def _fault(key: str, factor: Tensor, shapes: Mapping[str, torch.Size]) -> str:
+    """What of a factor the base does not have: the module, or its width; else ""."""
+    module, side = module_of(key), 1 if ".lora_A." in key else 0
+    if module not in shapes or factor.ndim < 2:
+        return module
+    theirs, ours = factor.shape[side], shapes[module][side]
+    return "" if theirs == ours else f"{module} ({theirs} wide, not {ours})"
+
+
+def _looks_like(layers: Mapping[str, Tensor]) -> str:
+    """What an adapter is for, by its factors' names and widths; for error messages."""
+    has = lambda *starts: any(k.startswith(starts) for k in layers)
+    starts = {
+        ("lora_unet_", "lora_te"): "a file in kohya's layout, which is not read here",
+        ("text_encoder",): "an adapter of a text encoder",
+        ("joint_transformer_blocks.",): "an adapter of AuraFlow, a transformer",
+        ("single_transformer_blocks.",): "an adapter of Flux, a transformer",
+        ("transformer_blocks.",): "an adapter of Stable Diffusion 3 or Flux, a transformer",
+    }
+    if named := next((name for start, name in starts.items() if has(*start)), ""):
+        return named
+    if not has("down_blocks.", "mid_block.", "up_blocks."):
+        return "none of the known families"
+    width = next((v.shape[1] for k, v in layers.items() if re.search(r"attn2\.to_[kv]\.lora_A", k)), 0)
+    kinds = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+    return f"an adapter of {kinds.get(width, 'Stable Diffusion or SDXL')}, a U-Net" + f" (text width {width})" * (
+        width > 0
+    )
 
 
 def _pairs(layers: Mapping[str, Tensor], scale: float) -> dict[str, Pair]:
@@ -171,7 +255,7 @@ def _fused(parts: Mapping[int, Pair], sizes: Sequence[int]) -> Pair:
                 f"Part {at} of q, k, v, MLP has {len(block)} rows where FLUX.1 has {sizes[at]}: this is no adapter for it. "
                 "Name the base model it was trained on."
             )
-        up[sum(sizes[:at]) :][: len(block), len(down) - column - block.shape[1] : len(down) - column] = block
+        up[sum(sizes[:at]) :][: len(block), column : column + block.shape[1]] = block
         column += block.shape[1]
     return down, up
 
