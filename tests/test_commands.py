@@ -16,6 +16,7 @@ from tiny import tiny_pipeline
 from torch import multiprocessing
 
 from tropism import cli, commands
+from tropism.commands import train
 from tropism.core import UserError
 from tropism.models import lora
 from tropism.rewards.jpeg import true_bytes
@@ -111,7 +112,7 @@ def test_every_setting_of_the_loop_reaches_it(folder, mine, monkeypatch):
         reached.update(settings)
         raise InterruptedError
 
-    monkeypatch.setattr(commands, "fit", stopped)
+    monkeypatch.setattr(train, "fit", stopped)
     with pytest.raises(InterruptedError):
         align(folder, mine, **given)
     assert {name: reached[name] for name in given} == given
@@ -133,7 +134,7 @@ def test_an_adapter_that_draws_something_else_is_no_success(folder, mine, monkey
 
 
 def test_the_bundled_world_is_judged_by_its_parser_and_its_hidden_rule(mine, monkeypatch):
-    monkeypatch.setattr(commands, "DEMO", {**commands.DEMO, "updates": 1, "batch": 2, "evaluate_prompts": 3})
+    monkeypatch.setattr(train, "DEMO", {**train.DEMO, "updates": 1, "batch": 2, "evaluate_prompts": 3})
     found = commands.demo(mine / "demo", threads=1).after
     assert torch.equal(found.columns["parser/all"], shapes.accuracy(found.images, found.prompts)["all"])
     torch.testing.assert_close(found.columns["gold_taste"], taste.gold(found.images))

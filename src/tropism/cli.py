@@ -68,6 +68,9 @@ HELP = {
     "dtype": "Of the frozen networks: float32, bfloat16.",
     "threads": "CPU threads.",
     "dry_run": "Check everything, write nothing.",
+    "doctor": "Prove first that the gradient arrives (seconds).",
+    "gpu": "Card sizes in GB to fit into, repeatable.",
+    "guidance": "Guidance (default: the model's own).",
 }
 HIDDEN = ("method", "options", "command", "callback")
 
@@ -75,7 +78,7 @@ HIDDEN = ("method", "options", "command", "callback")
 def _type(annotation: Any) -> Any:
     """The command-line type of a Python annotation: numbers, flags, text, lists of text; several choices become text."""
     if typing.get_origin(annotation) is collections.abc.Sequence:
-        return list[str]
+        return list[float] if typing.get_args(annotation) == (float,) else list[str]
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     members = [m for m in typing.get_args(annotation) if m is not type(None)] if union else [annotation]
     simple = members[0] if len(members) == 1 and members[0] in (int, float, bool, str) else str
@@ -107,7 +110,7 @@ def _flags(function: Callable, skip: tuple[str, ...]) -> list[inspect.Parameter]
             continue
         kind = list[str] if name == "reward" else _type(hints[name])
         default = p.default if p.default is not inspect.Parameter.empty else ...
-        default = list(default) if kind == list[str] and default is not ... else default
+        default = list(default) if typing.get_origin(kind) is list and default is not ... else default
         found.append(
             _flag(
                 name,
@@ -188,11 +191,18 @@ def _command_line() -> str:
     return shlex.join(["tropism", *sys.argv[1:]])
 
 
-def _register() -> None:
-    from tropism import commands
+def _register(name: str) -> None:
+    """The commands whose flags are read off their functions, which takes importing them."""
+    app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
+    if name == "align":
+        from tropism import commands
 
-    for method in commands.METHODS:
-        align_app.command(method)(_align_command(method))
+        for method in commands.METHODS:
+            align_app.command(method)(_align_command(method))
+
+
+def _doctor() -> None:
+    """What is installed; will this model and reward learn, proved in seconds; what fits in memory."""
 
 
 @app.command()
@@ -207,6 +217,39 @@ def demo(
     from tropism import commands
 
     commands.demo(out, seed=seed, resume=resume, overwrite=overwrite, threads=threads, command=_command_line())
+
+
+def _doctor_command() -> Callable:
+    from tropism import commands
+
+    def run(**values: Any) -> None:
+        found = commands.doctor(**values)
+        raise typer.Exit(1 if any(f.level == "fault" for f in found) else 0)
+
+    run.__signature__ = inspect.Signature(_flags(commands.doctor, ()))  # type: ignore[attr-defined]
+    run.__doc__ = _doctor.__doc__
+    return run
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder, or an adapter's.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers, kohya (ComfyUI, A1111), or fused (a pipeline).")
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="A new folder; for kohya a .safetensors file.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model (default: the run's).")] = None,
+    strength: Annotated[float, typer.Option(help="How much of the adapter (kohya, fused).")] = 1.0,
+    push: Annotated[str | None, typer.Option(help="ORG/NAME: send adapter and model card to the hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everyone to see.")] = False,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
+    dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
+) -> None:
+    """Take a finished adapter elsewhere: diffusers, ComfyUI, fused into its base, or the hub."""
+    from tropism import commands
+
+    options = {"model": model, "strength": strength, "push": push, "public": public, "device": device, "dtype": dtype}
+    typer.echo(commands.export(run, format=format, out=out, **options))
 
 
 @app.command()
@@ -239,8 +282,7 @@ def main() -> None:
     from tropism.core import UserError
     from tropism.run.signals import Interrupted
 
-    if sys.argv[1:2] == ["align"]:
-        _register()
+    _register(next(iter(sys.argv[1:]), ""))
     try:
         app()
     except UserError as error:

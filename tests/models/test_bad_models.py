@@ -114,5 +114,5 @@ def test_a_file_that_is_missing(mine):
 
 def test_a_scheduler_of_another_kind(mine):
     changed(mine, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
-    with pytest.raises(UserError, match="The scheduler is DDIMScheduler.*flow matching"):
+    with pytest.raises(UserError, match=r"The scheduler is DDIMScheduler.*flow matching"):
         load_model(mine)

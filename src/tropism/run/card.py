@@ -37,10 +37,15 @@ def prompts_hash(prompts: list[str]) -> str:
     return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a base is named as the hub names it; a folder or a bundled model is not, and the hub refuses such a card."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+
+
 def _front_matter(run: Finished) -> str:
     head = {
         "library_name": "diffusers",
-        "base_model": run.base,
+        **({"base_model": run.base} if is_hub_id(run.base) else {}),
         "tags": [*(["lora"] if run.adapter else []), "text-to-image", "diffusers", "tropism", run.method],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
@@ -58,7 +63,7 @@ def _numbers(run: Finished) -> str:
 def _loading(run: Finished) -> str:
     prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
     load = (
-        'pipe.load_lora_weights("lora", adapter_name="tropism")  # this folder\'s lora/\n'
+        'pipe.load_lora_weights("lora", adapter_name="tropism")  # this folder\'s lora/; from the hub: ("ORG/NAME", subfolder="lora")\n'
         if run.adapter
         else 'pipe.unet.load_state_dict(load_file("weights/trained.safetensors"))  # in this folder\n'
     )

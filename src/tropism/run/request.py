@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tropism.core import Batch, Model, Reward, name_of
-from tropism.models.load import load_model
+from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
 from tropism.rewards.combine import weighted
@@ -104,6 +104,19 @@ def read_model(model: str, settings: Mapping[str, Any], device: torch.device, dt
         scheduler=overrides(settings["scheduler"]),
         **{name: settings[name] for name in OF_MODEL},
     )
+
+
+def examples(model: str | Model, prompts: str | Path | Sequence[str] | None) -> Batch:
+    """Two prompts to examine a model with: the first of the user's or of the bundled world's, else any two."""
+    if prompts is None and model not in OWN:
+        return Batch(["a red apple on a table", "two cats in the snow"])
+    return as_batch(train_and_held_out(prompts, None, model)[0][:2])
+
+
+def own_guidance(model: Model, guidance: float | None) -> float:
+    """The guidance asked for, else the model's own, else none. Raises UserError for one that it cannot follow."""
+    getattr(model, "check_request", lambda *_: None)(guidance)
+    return getattr(model, "guidance", 1.0) if guidance is None else guidance
 
 
 def read_reward(reward: Rewards) -> Reward:

@@ -1,8 +1,7 @@
-"""What the command line does, as Python functions with the same names and arguments."""
+"""Commands that train: align a model, show it on the bundled one, train the bundled networks from nothing."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from rich.console import Console
 
 from tropism.align.alignprop import alignprop
 from tropism.core import Info, Model, Reward, UserError, name_of
-from tropism.models import lora, mixing
-from tropism.models.latent import Latent
-from tropism.models.load import BUNDLED, load_model
+from tropism.models import lora
+from tropism.models.load import BUNDLED
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import own_rows
 from tropism.run import request
 from tropism.run.checks import known, set_up
+from tropism.run.doctor import examine
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
@@ -31,7 +30,7 @@ OF_FIT = (
     *("out", "updates", "lr", "weight_decay", "clip", "ema", "schedule", "seed", "micro_batch"),
     *("checkpoint_every", "evaluate_every"),
 )
-NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "resume", "overwrite")
+NOT_CONFIG = ("model", "reward", "callback", "command", "dry_run", "doctor", "resume", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,6 @@ class Run:
     after: Evaluation
     result: FitResult
     reload_difference: float | None
-
-
-# ---------------------------------------------------------------------------------------------------- align
 
 
 def align(
@@ -91,6 +87,7 @@ def align(
     dtype: str = "float32",
     threads: int | None = None,
     dry_run: bool = False,
+    doctor: bool = True,
     command: str = "",
     callback: Callable[[int, Info], None] | None = None,
 ) -> Run | None:
@@ -104,17 +101,19 @@ def align(
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
     evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
+    doctor: prove first, in seconds, that the gradient arrives; a fault is a UserError.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
+    remarks = [*asked.remarks, *(_examined(asked) if doctor else [])]
     if dry_run:
         return _say_ready(asked)
     asked.embed()
     config = _plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
-        for text in asked.remarks:
+        for text in remarks:
             recorder.say(text)
         identity = request.identity(model, reward)
         judge = Judge(Path(out), asked.model, asked.reward, asked.held, *asked.sampling(), seed, batch, identity)
@@ -147,6 +146,17 @@ def align(
     return Run(Path(out), judge.before, judge.after, result, products.difference)
 
 
+def _examined(asked: Request) -> list[str]:
+    """The doctor's warnings about a run. Raises UserError for a fault."""
+    guidance = asked.hyper.get("guidance", 1.0)
+    found = examine(asked.model, asked.reward, asked.batch(0), guidance=guidance, seed=asked.settings["seed"])
+    faults = [f for f in found if f.level == "fault"]
+    if faults:
+        more = f" ({len(faults) - 1} more: tropism doctor.)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0].text}{more} To go on regardless: --no-doctor.")
+    return [f"{f.check}: {f.text}" for f in found if f.level == "warning"]
+
+
 def _say_ready(asked: Request) -> None:
     numbers = sum(p.numel() for p in asked.model.trainable().values())
     Console(soft_wrap=True, highlight=False, markup=False).print(
@@ -168,9 +178,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------- the others
 
 
 def demo(
@@ -207,40 +214,6 @@ DEMO: dict[str, Any] = {
     "options": {"truncation": "2", "drift": 0.1},
 }
 """Adapters on every layer: grain is drawn by the convolutions, and adapters on the attention alone cannot take it away."""
-
-
-def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> Path:
-    """Sum the B A products of finished adapters, each "FOLDER=WEIGHT", into one adapter in `out`; returns its file.
-
-    Raises UserError for a weight that is not a number or adapters of another base.
-    """
-    parts: dict[str | Path, float] = {}
-    for text in adapters:
-        folder, _, weight = text.rpartition("=")
-        try:
-            share, adapter = (float(weight) if folder else 1.0), _adapter(folder or weight)
-        except ValueError as error:
-            raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
-        if not math.isfinite(share):
-            raise UserError(f"The weight in {text!r} is not finite. Write --adapter FOLDER=0.5.")
-        parts[adapter] = parts.get(adapter, 0.0) + share
-    if Path(out).is_file() or (Path(out).exists() and any(Path(out).iterdir())):
-        raise UserError(
-            f"{out} is a file or a folder that is not empty, and a mixture never writes over an adapter. Choose another --out."
-        )
-    loaded = load_model(model)
-    if not isinstance(loaded, Latent):
-        raise UserError(f"{model} is not a diffusers pipeline, and only their adapters can be mixed.")
-    mixing.mix(loaded, parts)
-    file = lora.save(loaded, out)
-    lora.verify(loaded, out)
-    return file
-
-
-def _adapter(folder: str) -> Path:
-    """A run folder's adapter, or the adapter folder itself."""
-    inside = Path(folder) / "lora"
-    return inside if inside.is_dir() else Path(folder)
 
 
 def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, threads: int | None = None) -> Path:
