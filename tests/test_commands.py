@@ -243,8 +243,9 @@ def test_evaluation_has_its_own_steps_and_guidance(folder, mine, monkeypatch):
     )
     align(folder, mine, evaluate_steps=5, evaluate_guidance=0.0)
     assert set(drawn) == {(5, 0.0)}
+    drawn.clear()
     align(folder, mine, overwrite=True)
-    assert set(drawn[2:]) == {(3, 2.0)}
+    assert set(drawn) == {(3, 2.0)}
 
 
 def test_full_fine_tuning_and_bfloat16(folder, mine):
@@ -301,8 +302,8 @@ def test_mixing_into_what_is_no_pipeline(mine):
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        ("by_numpy", "without a gradient"),
-        ("nan", "NaN|not finite|non-finite"),
+        ("by_numpy", "has no graph back to the picture"),
+        ("nan", "is nan, nan on this model's own pictures; it must be finite"),
         ("constant", "zero"),
         ("mean", "one number per sample"),
         ("rednes", "Did you mean"),

@@ -107,7 +107,7 @@ def align(
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
-    remarks = [*asked.remarks, *(_examined(asked) if doctor else [])]
+    remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked)
     asked.embed()

@@ -1,0 +1,160 @@
+"""The commands before and after a run: doctor and export, and align on other families, as a user meets them."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+from tiny_families import SIZE, tiny_flux, tiny_sd3
+
+from tropism import cli, commands
+from tropism.core import UserError
+
+REWARDS = (
+    "import torch\n"
+    "def redness(images, batch):\n    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+    "def rounded(images, batch):\n    return (images * 255).round().mean((1, 2, 3))\n"
+    "def cut(images, batch):\n    return images.detach().mean((1, 2, 3))\n"
+)
+QUICK = {"updates": 1, "batch": 2, "evaluate_prompts": 2, "evaluate_every": 0, "height": SIZE, "width": SIZE}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return tiny_flux(tmp_path_factory.mktemp("flux"), distilled=False)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARDS)
+    (tmp_path / "negative.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "blur"}\n{"prompt": "a dog"}\n')
+    return tmp_path
+
+
+def called(monkeypatch, *words):
+    """The exit code of a command line."""
+    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def run(flux, tmp_path_factory):
+    """A finished run on FLUX.1-schnell's tiny pipeline; guidance, steps and prompts are its own and the bundled ones."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "reward.py").write_text(REWARDS)
+    reward = f"{folder}/reward.py:redness"
+    return commands.align(
+        "alignprop",
+        model=str(flux),
+        reward=reward,
+        prompts="animals",
+        out=folder / "run",
+        rank=3,
+        alpha=7,
+        lr=0.1,
+        **QUICK,
+    )
+
+
+def test_another_family_is_the_same_command(run):
+    assert run.reload_difference == 0
+    assert "steps: 4\n" in (run.out / "config.yaml").read_text()
+    assert "guidance: 1.0\n" in (run.out / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"options": {"guidance": 3.5}}, "distilled and takes none. Use --guidance 1"),
+        ({"evaluate_guidance": 2.0}, "distilled and takes none"),
+        ({"prompts": "negative.jsonl"}, "no place for a negative prompt"),
+        ({"height": 17}, "17x16 is not a multiple of 4"),
+        ({"dtype": "float16"}, "dtype is float16 on the CPU"),
+        ({"t5": False}, "needs all of its text encoders"),
+        ({"scheduler": ["shift"]}, "not of the form KEY=VALUE"),
+        ({"scheduler": ["shfit=3"]}, "Did you mean shift"),
+        ({"quantize": "2bit"}, "quantize is '2bit'"),
+        ({"quantize": "4bit"}, "bitsandbytes"),
+        ({"reward": "reward.py:cut"}, "no graph back to the picture"),
+        ({"reward": "reward.py:rounded"}, "zero"),
+        ({"prompts": "animls"}, "Did you mean 'animals'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(flux, mine, options, message):
+    files = {k: f"{mine}/{v}" for k, v in options.items() if k in ("prompts", "reward") and "." in v}
+    settings = {"prompts": "animals", "reward": f"{mine}/reward.py:redness", **QUICK, **options, **files}
+    with pytest.raises(UserError, match=message):
+        commands.align("alignprop", model=str(flux), out=mine / "run", **settings)
+    assert not (mine / "run").exists()
+
+
+def test_the_doctor_can_be_left_out(flux, mine):
+    """A rounded reward then fails where it did before: at update 0."""
+    with pytest.raises(UserError, match="Update 0: the gradient of every trained parameter is exactly zero"):
+        commands.align(
+            "alignprop",
+            model=str(flux),
+            reward=f"{mine}/reward.py:rounded",
+            prompts="animals",
+            out=mine / "run",
+            doctor=False,
+            **QUICK,
+        )
+
+
+def test_doctor_on_the_command_line(monkeypatch, capsys, flux, mine):
+    model = ("--model", flux, "--height", SIZE, "--width", SIZE)
+    assert called(monkeypatch, "doctor", *model, "--reward", f"{mine}/reward.py:redness", "--gpu", 24) == 0
+    said = capsys.readouterr().out
+    assert "Everything in order" in said
+    assert "24 GB card: 16 with, 16 without" in said
+    assert called(monkeypatch, "doctor", *model, "--reward", f"{mine}/reward.py:cut") == 1
+    assert "Fault" in capsys.readouterr().out
+    assert called(monkeypatch, "doctor", *model) == 2
+    assert "no reward to examine" in capsys.readouterr().err
+    assert called(monkeypatch, "doctor") == 0
+    assert "torch 2" in capsys.readouterr().out
+
+
+def test_doctor_asks_for_sizes_that_are(flux):
+    with pytest.raises(UserError, match="GPU size is 0"):
+        commands.doctor(model=str(flux), reward="jpeg", gpu=[0.0], height=SIZE, width=SIZE)
+
+
+def test_export_on_the_command_line(monkeypatch, capsys, run):
+    file = run.out.parent / "mine.safetensors"
+    assert called(monkeypatch, "export", run.out, "--format", "kohya", "--out", file) == 0
+    assert str(file) in capsys.readouterr().out
+    assert any("double_blocks_0_img_attn_qkv" in key for key in load_file(file))
+    assert called(monkeypatch, "export", run.out, "--format", "kohya", "--out", file) == 2
+    assert "never writes over it" in capsys.readouterr().err
+    fused = run.out.parent / "fused"
+    assert called(monkeypatch, "export", run.out, "--format", "fused", "--out", fused) == 0
+    assert (fused / "model_index.json").is_file()
+    assert called(monkeypatch, "export", run.out) == 2
+    assert "--out PLACE, or --push" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_family_is_not_exported_with_this_base(run, tmp_path):
+    with pytest.raises(UserError, match="single_transformer_blocks"):
+        commands.export(run.out, format="kohya", out=tmp_path / "k.safetensors", model=str(tiny_sd3(tmp_path / "sd3")))
+
+
+def test_an_adapter_is_mixed_with_its_own_family_only(run, tmp_path):
+    mixed = commands.mix([f"{run.out}=0.5"], out=tmp_path / "half", model=str(run_model(run)))
+    mine, theirs = load_file(run.out / "lora" / mixed.name), load_file(mixed)
+    key = next(k for k in mine if "lora_A" in k)
+    down, up = (lambda tensors: (tensors[key], tensors[key.replace("lora_A", "lora_B")]))(mine), theirs
+    expected = 0.5 * 7 / 3 * down[1] @ down[0]
+    torch.testing.assert_close(up[key.replace("lora_A", "lora_B")] @ up[key], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="does not fit"):
+        commands.mix([f"{run.out}=0.5"], out=tmp_path / "no", model=str(tiny_pipeline(tmp_path / "sd")))
+
+
+def run_model(run):
+    import yaml
+
+    return yaml.safe_load((run.out / "config.yaml").read_text())["model"]
