@@ -52,7 +52,7 @@ HELP = {
     "eta": "0 is deterministic; DDIM: 1 is as stochastic as DDPM; flow matching: the SDE's noise level (0.7).",
     "height": "Pixels (default: the model's own).",
     "width": "Pixels (default: the model's own).",
-    "quantize": "4bit or 8bit: hold the frozen denoiser's weights in so many bits (needs bitsandbytes).",
+    "quantize": "4bit or 8bit: hold the frozen denoiser's weights in so many bits (torchao, bitsandbytes).",
     "t5": "Read the T5 text encoder (Stable Diffusion 3 can do without).",
     "scheduler": "KEY=VALUE of the scheduler's configuration to replace, repeatable: timestep_spacing=trailing, shift=3.",
     "seed": "Seed of every random draw.",
@@ -71,6 +71,9 @@ HELP = {
     "doctor": "Prove first that the gradient arrives (seconds).",
     "gpu": "Card sizes in GB to fit into, repeatable.",
     "guidance": "Guidance (default: the model's own).",
+    "steps": "Denoising steps (default: the model's own).",
+    "truncation": "Which steps carry a gradient: K (the last K), full, suffix-uniform, suffix-gaussian, bernoulli, bernoulli-released.",
+    "detach_input": "DRTune's stop-gradient on the network's input.",
 }
 HIDDEN = ("method", "options", "command", "callback")
 

@@ -14,7 +14,7 @@ from tropism.models.load import load_model
 from tropism.models.lora import LoraSettings
 
 PROMPTS = ["red cat", "a cat on mars"]
-FAMILIES = ["sdxl", "sd3", "sd3_without_t5", "flux", "schnell", "auraflow"]
+FAMILIES = ["sdxl", "sd3", "sd3_without_t5", "flux", "schnell", "auraflow", "chroma"]
 SIZED = {"height": SIZE, "width": SIZE}
 ADAPTER = LoraSettings(rank=3, alpha=7)
 
@@ -28,7 +28,7 @@ def pipeline(folder, name):
 
 def drawn(pipe, x, guidance, output="latent", negative=None):
     """The pipeline's own latents (B, C, h, w) or pictures (B, H, W, 3)."""
-    packed = isinstance(pipe, diffusers.FluxPipeline)
+    packed = isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline)
     start = pipe._pack_latents(x.clone(), len(x), *x.shape[1:]) if packed else x.clone()
     own = {"negative_prompt": negative} if negative else {}
     call = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": output, **SIZED, **own}
@@ -61,7 +61,7 @@ def test_equals_the_pipeline_with_its_own_scheduler(folders, name, guidance):
     torch.testing.assert_close(model.decode(ours).detach(), pictures, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "auraflow"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "auraflow", "chroma"])
 def test_negative_prompts_are_the_pipelines(folders, name):
     model, pipe = load_model(folders[name], **SIZED), pipeline(folders[name], name)
     ours = chain(model, noise(model), 4.0, ["mars", "on"])
@@ -129,7 +129,7 @@ def test_t5_is_optional_where_the_pipeline_allows(folders):
         load_model(folders["flux"], t5=False)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "auraflow"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "auraflow", "chroma"])
 def test_encoders_are_freed_and_read_again(folders, name):
     model, other = load_model(folders[name], **SIZED), load_model(folders[name], **SIZED)
     assert model.prepare(PROMPTS)
@@ -166,7 +166,7 @@ def test_scheduler_keys_for_few_step_variants(folders):
 
 def test_quantised_bases_need_the_library(folders, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes.*tropism\[quantize\]"):
         load_model(folders["sd3"], quantize="4bit")
     with pytest.raises(UserError, match="quantize is '3bit'"):
         load_model(folders["sd3"], quantize="3bit")

@@ -172,7 +172,7 @@ def _quantisation(bits: str, part: str, device: torch.device, dtype: torch.dtype
     library = QUANTISED[bits]
     if importlib.util.find_spec(library) is None:
         raise UserError(
-            f"quantize={bits} needs {library}, which is not installed. Install it (pip install {library}), or leave "
+            f'quantize={bits} needs {library}, which is not installed. Install it (pip install "tropism[quantize]"), or leave '
             "--quantize out."
         )
     if bits == "4bit" and device.type != "cuda":
