@@ -1,7 +1,7 @@
-"""SDXL, SD 3, FLUX.1 and AuraFlow pipelines with random weights, small enough for a test: real classes, real files.
+"""SDXL, SD 3, FLUX.1, AuraFlow and Chroma pipelines with random weights, small enough for a test: real classes, real files.
 
-Every pipeline makes 16 px images from (4, 8, 8) latents ((16, 8, 8) in SD 3) with a VAE of factor 2. FLUX.1 and
-AuraFlow do not read their default size from the folder: pass `height=SIZE, width=SIZE`.
+Every pipeline makes 16 px images from (4, 8, 8) latents ((16, 8, 8) in SD 3) with a VAE of factor 2. FLUX.1,
+AuraFlow and Chroma do not read their default size from the folder: pass `height=SIZE, width=SIZE`.
 """
 
 import string
@@ -260,4 +260,31 @@ def tiny_auraflow(folder: str | Path) -> Path:
             vae=_vae(scaling_factor=0.13025, force_upcast=True),
             transformer=_alive(transformer, 2.0),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        )
+
+
+def tiny_chroma(folder: str | Path) -> Path:
+    """Write a 16 px Chroma folder (latents (4, 8, 8), packed (16, 16); T5 tokens of width 32; dynamic shifting)."""
+    with _building():
+        tokenizer = tiny_t5_tokenizer()
+        transformer = diffusers.ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=16,
+            approximator_hidden_dim=32,
+            approximator_layers=2,
+        )
+        return _write(
+            folder,
+            "ChromaPipeline",
+            vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=_t5(tokenizer, 32),
+            tokenizer=tokenizer,
+            transformer=_alive(transformer, 1.2),
+            scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTED),
         )

@@ -1,6 +1,6 @@
 import pytest
 from tiny import tiny_pipeline
-from tiny_families import tiny_auraflow, tiny_flux, tiny_sd3, tiny_sdxl
+from tiny_families import tiny_auraflow, tiny_chroma, tiny_flux, tiny_sd3, tiny_sdxl
 
 BUILDERS = {
     "epsilon": tiny_pipeline,
@@ -11,6 +11,7 @@ BUILDERS = {
     "flux": tiny_flux,
     "schnell": lambda folder: tiny_flux(folder, distilled=False),
     "auraflow": tiny_auraflow,
+    "chroma": tiny_chroma,
 }
 
 

@@ -1,5 +1,7 @@
 """Each family against its own diffusers pipeline, its adapters in that pipeline, and what it cannot do."""
 
+import json
+import shutil
 from itertools import pairwise
 
 import diffusers
@@ -162,6 +164,18 @@ def test_scheduler_keys_for_few_step_variants(folders):
     assert load_model(folders["sd3"], scheduler={"shift": 6.0}).process.shift == 6
     with pytest.raises(UserError, match=r"no 'timestep_spacin'. Did you mean timestep_spacing"):
         load_model(folders["sdxl"], scheduler={"timestep_spacin": "trailing"})
+
+
+def test_a_scheduler_that_has_no_formula_is_overridden_in_the_reload_too(folders, tmp_path):
+    folder = tmp_path / "beta"
+    shutil.copytree(folders["sd3"], folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_beta_sigmas": True}))
+    with pytest.raises(UserError, match="--scheduler use_beta_sigmas=false"):
+        load_model(folder)
+    model = load_model(folder, lora=ADAPTER, scheduler={"use_beta_sigmas": False})
+    lora.save(model, tmp_path / "adapter")
+    assert lora.verify(model, tmp_path / "adapter") == 0
 
 
 def test_quantised_bases_need_the_library(folders, monkeypatch):

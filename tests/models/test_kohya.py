@@ -19,7 +19,7 @@ from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
 
-FAMILIES = [name for name in MODELS if name != "sd3_without_t5"]
+FAMILIES = [name for name in MODELS if name not in ("sd3_without_t5", "chroma")]
 LIMIT = 1e-6
 PARTIAL = {
     "few": ("to_q",),

@@ -19,6 +19,7 @@ MODELS = {
     "flux": lambda folders, **options: load_model(folders["flux"], height=16, width=16, **options),
     "schnell": lambda folders, **options: load_model(folders["schnell"], height=16, width=16, **options),
     "auraflow": lambda folders, **options: load_model(folders["auraflow"], height=16, width=16, **options),
+    "chroma": lambda folders, **options: load_model(folders["chroma"], height=16, width=16, **options),
 }
 BATCH = Batch(["red cat", "a cat on mars", "red"], negative_prompts=["", "bad", ""])
 DRAW = Draw(3, 0, BATCH.index)

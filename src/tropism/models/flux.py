@@ -67,21 +67,31 @@ class Flux(Latent):
         return self.counted(x_t, t, {**cond.positive, "guidance": weight})
 
     def denoise(self, x: Tensor, times: Tensor, text: Text) -> Tensor:
-        b, c, h, w = x.shape
-        tokens = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
         out = self.network(
-            hidden_states=tokens,
+            hidden_states=pack(x),
             timestep=(times / 1000).to(wide(x.dtype)),
             guidance=text["guidance"] if self.network.config.guidance_embeds else None,
             pooled_projections=text["pooled"],
             encoder_hidden_states=text["text"],
             txt_ids=x.new_zeros(text["text"].shape[1], 3),
-            img_ids=_places(h // 2, w // 2, x),
+            img_ids=places(x),
         ).sample
-        return out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return unpack(out, x)
 
 
-def _places(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows * columns, 3): 0, row and column of every token."""
-    down, across = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(down), down, across], -1).reshape(-1, 3).to(like)
+def pack(x: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as tokens (B, h w / 4, 4 C) of 2x2 pixels."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens (B, h w / 4, 4 C) as latents of the shape of `like`, (B, C, h, w)."""
+    b, c, h, w = like.shape
+    return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def places(x: Tensor) -> Tensor:
+    """(h w / 4, 3): 0, row and column of every token of latents (B, C, h, w)."""
+    down, across = torch.meshgrid(torch.arange(x.shape[2] // 2), torch.arange(x.shape[3] // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(down), down, across], -1).reshape(-1, 3).to(x)

@@ -58,16 +58,18 @@ class Latent:
         checkpointing: bool = False,
         height: int | None = None,
         width: int | None = None,
-        scheduler: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ):
-        """Takes a diffusers pipeline whose networks are on their device and in their dtype; see `load`."""
+        """Takes a diffusers pipeline whose networks are on their device and in their dtype.
+
+        options: how it was read: dtype, quantize, t5 and scheduler, as in `load`.
+        """
         self.network, self.vae, self.pipeline = getattr(pipe, self.part), pipe.vae, type(pipe)
         self.source, self.lora, self.full, self.options = source, lora, full, dict(options or {})
         self.dtype, self.device = self.options.get("dtype", self.vae.dtype), self.vae.device
         self.calls = {"network": 0, "backward": 0, "decode": 0}
         own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
-        self.process = self.process_of(schedule.overridden(own, scheduler or {}), eta)
+        self.process = self.process_of(schedule.overridden(own, self.options.get("scheduler", {})), eta)
         self.shape = self._latent_shape(height, width)
         there = pipe if getattr(pipe, "text_encoder", None) is not None else None
         self.texts = Texts(self.embed, self._read_encoders if source else None, there)
@@ -101,7 +103,7 @@ class Latent:
         eta: 0 is the deterministic chain; for DDIM 1 is as stochastic as DDPM, for flow matching it is the SDE's noise level.
         height, width: pixels, default the model's own size.
         checkpointing: recompute denoiser and VAE blocks in the backward pass; default on, except on the CPU.
-        quantize: "4bit" or "8bit" holds the frozen denoiser's weights in so many bits (bitsandbytes).
+        quantize: "4bit" or "8bit" holds the frozen denoiser's weights in so many bits (bitsandbytes, torchao).
         t5: False leaves the T5 encoder out, where the pipeline can do without. scheduler: keys of the scheduler's
         configuration to replace, for few-step variants.
         Raises UserError for a missing source, a pickle-only or foreign pipeline, and sizes the VAE cannot make.
@@ -111,7 +113,8 @@ class Latent:
             raise UserError(
                 f"Both {other} and full fine-tuning were asked for; only one can train. Pass lora=None and no quantize with full=True."
             )
-        device, options = torch.device(device), {"dtype": dtype, "quantize": quantize, "t5": t5}
+        device = torch.device(device)
+        options = {"dtype": dtype, "quantize": quantize, "t5": t5, "scheduler": dict(scheduler or {})}
         checkpointing = device.type != "cpu" if checkpointing is None else checkpointing
         return cls(
             cls._read(str(source), device, options, texts=False),
@@ -122,7 +125,6 @@ class Latent:
             checkpointing=checkpointing,
             height=height,
             width=width,
-            scheduler=scheduler,
             options=options,
         )
 

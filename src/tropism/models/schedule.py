@@ -101,13 +101,18 @@ def flow(config: Mapping[str, Any], eta: float = 0.0, patch: int = 2) -> Flow:
     patch: latent pixels a token's side, for the shift that depends on the picture's size. Raises UserError for the karras,
     exponential and beta tables and for inverted times, which have no formula here.
     """
+    if not str(config.get("_class_name", "")).startswith("FlowMatch"):
+        raise UserError(
+            f"The scheduler is {config.get('_class_name')}; this family's chain is flow matching by plain Euler steps. Put a "
+            "FlowMatchEulerDiscreteScheduler into the folder's scheduler/."
+        )
     odd = [
         k for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas") if config.get(k)
     ]
-    if odd or not str(config.get("_class_name", "")).startswith("FlowMatch"):
+    if odd:
         raise UserError(
-            f"The scheduler is {config.get('_class_name')}{' with ' + ', '.join(odd) if odd else ''}; this family's chain is "
-            "flow matching by plain Euler steps. Put a FlowMatchEulerDiscreteScheduler into scheduler/scheduler_config.json."
+            f"The scheduler has {', '.join(odd)}, a spacing of times without a formula here. To go on with plain shifted "
+            f"times: {' '.join(f'--scheduler {k}=false' for k in odd)}."
         )
     numbers = ("base_shift", 0.5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096)
     dynamic = tuple(config.get(k, default) for k, default in numbers) if config.get("use_dynamic_shifting") else None
