@@ -13,8 +13,8 @@ from pathlib import Path
 import diffusers
 import torch
 
+from tropism.doctor.footprint import Footprint, count, inputs_of
 from tropism.models import lora
-from tropism.run.footprint import Footprint, count, inputs_of
 
 CONFIGS = Path(__file__).parent / "configs"
 NETWORKS = {

@@ -16,6 +16,7 @@ ORDER = [
     {"models", "rewards", "prompts"},
     {"align", "guide", "restore"},
     {"scene"},
+    {"doctor"},
     {"run"},
     {"commands"},
     {"cli"},

@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from tropism.core import Model, Reward, UserError
+from tropism.doctor import memory
+from tropism.doctor.examine import Finding, examine, report_lines
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
-from tropism.run import memory, request
+from tropism.run import request
 from tropism.run.checks import set_up
-from tropism.run.doctor import Finding, examine, report_lines
 from tropism.run.record import environment
 
 

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from tropism.align.alignprop import alignprop
 from tropism.core import Info, Model, Reward, UserError, name_of
+from tropism.doctor.examine import examine
 from tropism.models import lora
 from tropism.models.load import BUNDLED
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import own_rows
 from tropism.run import request
 from tropism.run.checks import known, set_up
-from tropism.run.doctor import examine
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
@@ -107,10 +107,11 @@ def align(
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
+    if not dry_run:
+        asked.embed()
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked)
-    asked.embed()
     config = _plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         for text in remarks:

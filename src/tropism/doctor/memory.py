@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from tropism.core import Batch, UserError
+from tropism.doctor.footprint import GPUS, NETWORKS, Footprint, Update, count, fits, inputs_of, peak, room
 from tropism.models.latent import Latent
-from tropism.run.footprint import GPUS, NETWORKS, Footprint, Update, count, fits, inputs_of, peak, room
 
 
 @dataclass(frozen=True)

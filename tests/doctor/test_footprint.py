@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tropism.align.rollout import Chain, sweep
 from tropism.core import Batch, Draw, UserError
+from tropism.doctor.footprint import Footprint, Update, count, fits, flash_attention, inputs_of, peak, room
 from tropism.models import lora
 from tropism.models.load import load_model
-from tropism.run.footprint import Footprint, Update, count, fits, flash_attention, inputs_of, peak, room
 
 TOKENS = 20
 PLAIN = {"checkpointing": False, "dtype": torch.float32}

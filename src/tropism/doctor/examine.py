@@ -1,0 +1,129 @@
+"""Is this run's gradient alive and right? Planted against the field's own bugs; a few network calls on two samples.
+
+Every check is a function named for what it proves; a check runs only where those it presupposes found nothing, so one
+mistake gives one diagnosis.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from tropism.core import Batch, Model, Reward, UserError, name_of
+from tropism.doctor import adapter
+from tropism.doctor import model as of_model
+from tropism.doctor import reward as of_reward
+from tropism.doctor.case import Case, Finding, fault, warning
+from tropism.doctor.holds import as_found
+
+__all__ = ["Finding", "examine", "report_lines"]
+
+Check = Callable[[Case], Iterator[Finding]]
+
+CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
+    "model runs": (of_model.model_runs, ()),
+    "model repeatable": (of_model.model_repeatable, ("model runs",)),
+    "clamped pixels": (of_model.clamped_pixels, ("model runs",)),
+    "reward runs": (of_reward.reward_runs, ("model runs",)),
+    "reward frozen": (of_reward.reward_frozen, ("reward runs",)),
+    "reward repeatable": (of_reward.reward_repeatable, ("reward runs",)),
+    "reward per sample": (of_reward.reward_per_sample, ("reward repeatable",)),
+    "reward graph": (of_reward.reward_graph, ("reward runs",)),
+    "reward flat": (of_reward.reward_flat, ("reward graph", "reward per sample")),
+    "reward gradient": (of_reward.reward_gradient, ("reward flat",)),
+    "reward finite": (of_reward.reward_finite, ("reward runs",)),
+    "decoder graph": (of_model.decoder_graph, ("model runs",)),
+    "decoder gradient": (of_model.decoder_gradient, ("decoder graph",)),
+    "x0 linear": (of_model.x0_linear, ("model runs",)),
+    "prompts": (of_model.prompts, ("model repeatable",)),
+    "guidance": (of_model.guidance, ("prompts",)),
+    "adapter precision": (adapter.adapter_precision, ()),
+}
+"""What is examined, in this order, each with the checks that must have found no fault or warning before."""
+
+STIRRED: dict[str, tuple[Check, tuple[str, ...]]] = {
+    "adapter acts": (adapter.adapter_acts, ("model repeatable",)),
+    "base": (adapter.base, ("adapter acts",)),
+    "adapter reached": (adapter.adapter_reached, ("adapter acts", "base")),
+    "autocast": (adapter.autocast, ("adapter reached",)),
+    "chain gradient": (adapter.chain_gradient, ("adapter reached", "x0 linear")),
+}
+"""What is examined once every trainable weight has been moved a little."""
+
+
+def examine(
+    model: Model, reward: Reward, batch: Batch, *, guidance: float, steps: int = 2, seed: int = 0
+) -> list[Finding]:
+    """Examine a run before it starts, on two samples of the batch and a chain of `steps` steps. Deterministic.
+
+    model: any core.Model; network, rows, decode_raw and calls are used where it has them. reward: any callable
+    (images (B, 3, H, W) in [0, 1], batch) -> (B,). guidance: the run's own. An exception of theirs becomes a fault.
+    Everything is left as it was found: weights to the bit, gradients, call counts, switches and random generators.
+    """
+    try:
+        with as_found(model, reward), torch.enable_grad():
+            return _examined(Case(model, reward, batch, guidance, steps, seed))
+    except Exception as error:  # before the first check
+        return [_raised("model runs", error, reward)]
+
+
+def _examined(case: Case) -> list[Finding]:
+    findings: list[Finding] = []
+    passed: set[str] = set()
+    for name in CHECKS:
+        findings += _ran(name, CHECKS, case, passed)
+    if "model repeatable" in passed:
+        case.stir()
+        for name in STIRRED:
+            findings += _ran(name, STIRRED, case, passed)
+    return findings
+
+
+def _ran(name: str, checks: dict, case: Case, passed: set[str]) -> list[Finding]:
+    """One check's findings; none where something it presupposes did not pass."""
+    check, needs = checks[name]
+    if not passed.issuperset(needs):
+        return []
+    try:
+        found = [replace(f, check=f.check or name) for f in check(case)]
+    except Exception as error:
+        found = [_raised(name, error, case.reward)]
+    if all(f.level == "note" for f in found):
+        passed.add(name)
+    return found
+
+
+def _raised(check: str, error: Exception, reward: Reward) -> Finding:
+    """What an exception says in one line; memory that runs out is no mistake of theirs."""
+    who = f"Reward '{name_of(reward)}'" if check.startswith("reward") else "The model"
+    if isinstance(error, torch.OutOfMemoryError):
+        said = warning("This was not examined: memory ran out with two samples. The run itself goes in smaller pieces.")
+    elif isinstance(error, UserError):
+        said = fault(str(error))
+    else:
+        lines = str(error).strip().splitlines() or ["without a word"]
+        said = fault(f"{who} raised {type(error).__name__}: {lines[0][:200]} ({_where(error)}). Correct it there.")
+    return replace(said, check=check)
+
+
+def _where(error: Exception) -> str:
+    """File and line of the innermost frame that is neither another package's nor the doctor's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and "/run/doctor" not in f.filename] or frames
+    return f"{own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno}"
+
+
+def report_lines(findings: Sequence[Finding]) -> list[str]:
+    """One line each, faults first, then one of all that was measured and found right."""
+    lines = [
+        f"{level.capitalize()}, {f.check}: {f.text}"
+        for level in ("fault", "warning", "note")
+        for f in findings
+        if f.level == level and f.error is None
+    ]
+    proofs = "; ".join(f.text for f in findings if f.error is not None)
+    clean = all(f.level == "note" for f in findings)
+    return [*lines, *([f"{'Everything' if clean else 'The rest'} in order: {proofs}."] if proofs else [])]

@@ -1,0 +1,194 @@
+"""Whether a model draws and can be differentiated: finite everywhere, an open decoder, a linear x_0, guidance the right way round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tropism.core import Cond, Stream, noise
+from tropism.doctor.case import Case, Finding, change, fault, finite, note, proof, warning
+from tropism.doctor.slopes import STEPS, TOLERANCE, UPDATE, directions, judge, precision
+
+MANY, MOST = 0.5, 0.95
+"""Shares of clamped pixels that are a warning and a fault. A healthy model at high guidance has some 10 %."""
+LINEAR = 1e-3
+"""Relative error of a linear map in float32, where terms of size 30 cancel."""
+STRAIGHT = {True: 1e-2, False: 1e-1}
+"""Relative error of the line in w, in float32 and in half precision: other batch sizes take other kernels on a GPU."""
+INSIDE = 0.1
+"""Distance from black and white at which a pixel is not clamped by a small step."""
+
+
+def model_runs(case: Case) -> Iterator[Finding]:
+    """Prompts, denoiser and decoder give finite numbers."""
+    outs, latents, pictures = case.drawn
+    remedy = "float16 ends at 65504: use --dtype float32 or bfloat16"
+    if not finite([t for t in tree_leaves(_plain(case.cond)) if isinstance(t, Tensor)]):
+        yield fault(f"The text encoder's output is not finite (NaN or infinity) for {case.batch.prompts}; {remedy}.")
+    elif not finite(outs):
+        bad = next(i for i, out in enumerate(outs) if not finite([out]))
+        yield fault(f"The denoiser's output is not finite at time {case.times[case.first + bad]:g}; {remedy}.")
+    elif not finite([latents]):
+        yield fault("The chain's latents are not finite though the denoiser's outputs are. Check x0 and the process.")
+    elif not finite([pictures]):
+        yield fault(
+            f"The decoder makes pictures that are not finite from finite latents; {remedy}, for the VAE at least."
+        )
+
+
+def _plain(cond: Any) -> Any:
+    """What a cond holds, as containers that can be searched for tensors."""
+    return vars(cond) if hasattr(cond, "__dict__") else cond
+
+
+def model_repeatable(case: Case) -> Iterator[Finding]:
+    """Two predictions of the same latents are equal: the backward pass recomputes them."""
+    if case.jitter > LINEAR:
+        yield fault(
+            f"Two predictions of the same latents differ by {case.jitter:.1%}, the limit is {LINEAR:.1%}: the gradient belongs to "
+            "another chain than the pictures. Call .eval() on the denoiser; dropout is the usual cause."
+        )
+
+
+def clamped_pixels(case: Case) -> Iterator[Finding]:
+    """Few pixels stand at the walls of [0, 1], and none beyond."""
+    pictures = case.drawn[2]
+    low, high = pictures.min().item(), pictures.max().item()
+    share = ((pictures == 0) | (pictures == 1)).double().mean().item()
+    if low < -0.001 or high > 1.001:
+        yield warning(
+            f"The decoder's pictures reach from {low:.3g} to {high:.3g}; rewards expect [0, 1]. Map them there (x / 2 + 0.5) "
+            "and end `decode` with tropism.core.clamp."
+        )
+    elif share > MANY:
+        yield (fault if share > MOST else warning)(
+            f"{share:.0%} of the pixels are clamped to black or white, the limit is {MANY:.0%}: they pass little or no gradient. "
+            "Check that decode maps the VAE's -1..1 by x / 2 + 0.5 and divides by its scaling factor, or lower --guidance."
+        )
+
+
+def decoder_graph(case: Case) -> Iterator[Finding]:
+    """Pictures hang on the latents by a graph."""
+    x = case.drawn[1][:1].detach().requires_grad_()
+    pictures = case.model.decode(case.model.process.complete(x, x))
+    inner = pictures.detach().clamp(INSIDE, 1 - INSIDE) == pictures.detach()
+    gradient = torch.autograd.grad(pictures.sum(), x, allow_unused=True)[0] if pictures.requires_grad else None
+    if gradient is None or (inner.any() and not gradient.any()):
+        yield fault(
+            "Pictures have no gradient back to the latents, so the reward cannot reach the chain. Take torch.no_grad and "
+            ".detach() out of `decode`; diffusers' own pipeline calls run under no_grad."
+        )
+    elif not finite([gradient]):
+        yield fault("The decoder's gradient is not finite. Use --dtype float32 or bfloat16, for the VAE at least.")
+
+
+def decoder_gradient(case: Case) -> Iterator[Finding]:
+    """The decoder's gradient is the slope of its pictures, off the walls."""
+    latents, pictures = case.drawn[1][:1].detach(), case.drawn[2][:1]
+    weights = noise(case.seed, Stream.EVAL, UPDATE, -1, 0, 4, pictures.shape[1:])[0].to(pictures)
+    inner = (pictures.clamp(INSIDE, 1 - INSIDE) == pictures).to(pictures)
+    decode = case.model.decode
+    if inner.mean() < 0.25 and hasattr(case.model, "decode_raw"):
+        decode, inner = case.model.decode_raw, torch.ones_like(inner)  # pyright: ignore[reportAttributeAccessIssue]
+    value = lambda x: (weights * inner * decode(x)).double().flatten(1).sum(1)
+    dtype = precision(lambda: decode(latents), latents)
+    if dtype not in STEPS:
+        yield note("The decoder's gradient is finite; in half precision its slopes cannot be measured.")
+        return
+    x = latents.requires_grad_()
+    (gradient,) = torch.autograd.grad(value(x).sum(), x)
+    claims = [(d, (gradient * d).double().flatten(1).sum(1)) for d in directions(gradient, case.seed)]
+    latents, usual = latents.detach(), 0.1 * gradient.norm().item()
+    verdicts = [judge(claim, lambda h, d=d: value(latents + h * d), STEPS[dtype], usual) for d, claim in claims]
+    wrong = max((v for v in verdicts if v.wrong), key=lambda v: v.error, default=None)
+    right = [v.error for v in verdicts if v.right]
+    if wrong:
+        yield fault(
+            f"The decoder's gradient is not the slope of its pictures: autograd says {wrong.claimed:.3g}, finite differences "
+            f"{wrong.measured:.3g} (apart by {wrong.error:.0%}, the limit is {TOLERANCE:.0%}). Look for a .detach(), a custom "
+            "autograd.Function or a cache in `decode`."
+        )
+    elif right:
+        yield proof(f"gradient of the decoder against finite differences {max(right):.1g}", max(right))
+    else:
+        yield note("The decoder is too rough for finite differences: its gradient was not checked.")
+
+
+# ---------------------------------------------------------------------------------------------------- the chain
+
+
+@torch.no_grad()
+def x0_linear(case: Case) -> Iterator[Finding]:
+    """x_0 and the step that follows are linear in (x_t, out), also for large values, so no clipping eats gradients."""
+    model, cond = case.model, case.cond[:1]
+    a, b, c, d = (30 * v for v in noise(case.seed, Stream.EVAL, UPDATE, 0, 2, range(4), case.cond.shape)[0][:, None])
+    a, b, c, d = (v.to(case.x) for v in (a, b, c, d))
+
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        kernel, _ = model.kernel(x, case.t, case.s, cond, case.guidance, out)
+        return kernel.sample(x.new_zeros(1, *kernel.noise_shape))
+
+    limit = LINEAR if torch.finfo(case.x.dtype).bits >= 32 else 100 * LINEAR  # ours are never narrower
+    for what, function in (("x0", lambda x, out: model.x0(x, out, case.t)), ("the step after x0", step)):
+        error = change(2 * function(a, c) + function(b, d), function(2 * a + b, 2 * c + d))
+        if error > limit:
+            yield fault(
+                f"{what} is not linear in the latents and the network's output (off by {error:.0%} at values of 30, the limit is "
+                f"{limit:.1%}): it clips, and clipped values pass no gradient. Set clip_sample and thresholding to False."
+            )
+            return
+
+
+@torch.no_grad()
+def prompts(case: Case) -> Iterator[Finding]:
+    """Another prompt gives another prediction."""
+    two = _two_prompts(case)
+    if len(two) == 1:
+        yield note("Whether prompts are heard was not checked: the batch has only one.")
+    elif change(*(case.predict(cond=cond, guidance=1.0) for cond in two)) <= 2 * case.jitter:
+        yield warning(
+            "The prediction is the same for two different prompts: the model does not hear them, and cannot learn what "
+            "they ask for. Check that `encode` and `predict` pass the prompt's embedding on."
+        )
+
+
+def _two_prompts(case: Case) -> list[Cond]:
+    """The first sample as it is and, if the batch has two prompts, with the other one, all else equal."""
+    texts = list(dict.fromkeys(case.batch.prompts))
+    batch = replace(case.batch[[0] * len(texts)], prompts=texts, index=tuple(range(len(texts))), parent=None)
+    cond = case.model.encode(batch, case.draw[: len(texts)])
+    return [cond[i : i + 1] for i in range(len(texts))]
+
+
+@torch.no_grad()
+def guidance(case: Case) -> Iterator[Finding]:
+    """predict is uncond + w (cond - uncond), and its w = 0 end does not hear the prompt."""
+    rows = getattr(case.model, "rows", None)
+    if case.guidance == 1 or (rows is not None and rows(3.0) == 1):  # off, or distilled into the network
+        return
+    first, *other = _two_prompts(case)
+    zero, one, three = (case.predict(cond=first, guidance=w) for w in (0.0, 1.0, 3.0))
+    if max(change(zero, three), change(one, three)) <= 2 * case.jitter:
+        yield note(f"Guidance {case.guidance:g} has no effect on the prediction.")
+        return
+    curved, effect = change(zero + 3 * (one - zero), three), (three - zero).norm() / 3
+    moved = max([((case.predict(cond=c, guidance=0.0) - zero).norm() / effect).item() for c in other], default=0.0)
+    limit = STRAIGHT[precision(lambda: case.predict(guidance=3.0), case.x) in STEPS]
+    if moved > TOLERANCE and not (rows is None and curved > limit):
+        yield fault(
+            f"At guidance 0 the prediction changes with the prompt (by {moved:.0%} of the guidance's effect, the limit is "
+            f"{TOLERANCE:.0%}): the halves are swapped or w is shifted by 1. Compute uncond + w (cond - uncond), with the "
+            "negative prompt's rows as uncond."
+        )
+    elif curved > limit:
+        yield (warning if rows is None else fault)(
+            f"The prediction is not a straight line in the guidance w (off by {curved:.1%}, the limit is {limit:.1%}). Compute "
+            "uncond + w (cond - uncond); a model with distilled guidance says so by rows(w) == 1."
+        )
+    else:
+        yield proof(f"guidance is uncond + w (cond - uncond) to {curved:.1g}", curved)

@@ -1,0 +1,289 @@
+import pytest
+import torch
+from faults import MODELS, REWARDS, Painter, colour
+from tiny import tiny_pipeline
+from tiny_families import tiny_auraflow, tiny_flux, tiny_sd3, tiny_sdxl
+
+from tropism.core import Batch
+from tropism.doctor import examine as doctor
+from tropism.doctor.examine import Finding, examine, report_lines
+from tropism.models import lora
+from tropism.models.load import load_model
+from tropism.rewards.combine import weighted
+from tropism.rewards.load import load_reward, load_rewards
+
+BATCH = Batch(["red cat", "a cat on mars", "red"], negative_prompts=["", "bad", ""])
+SHAPES = Batch(["three red circles on sand", "two blue squares on sand"])
+FOLDERS = {
+    "sd1": tiny_pipeline,
+    "sd2": lambda folder: tiny_pipeline(folder, "v_prediction"),
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "sd3_without_t5": lambda folder: tiny_sd3(folder, t5=False),
+    "flux": tiny_flux,
+    "schnell": lambda folder: tiny_flux(folder, distilled=False),
+    "auraflow": tiny_auraflow,
+}
+SQUARE = {"height": 16, "width": 16}
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Load a tiny pipeline by its name; each folder is written once."""
+    root = tmp_path_factory.mktemp("doctor")
+
+    def load(name, **options):
+        if name == "shapes":
+            return load_model(name, **options)
+        if not (root / name).exists():
+            FOLDERS[name](root / name)
+        return load_model(root / name, **(SQUARE if name in ("flux", "schnell", "auraflow") else {}), **options)
+
+    return load
+
+
+def loud(findings, *levels):
+    return [(f.level, f.check) for f in findings if f.level in (levels or ("fault", "warning"))]
+
+
+# ---------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_planted_reward_fault_is_named_and_no_other(name):
+    check, level, build = REWARDS[name]
+    findings = examine(Painter(), build(), BATCH, guidance=3.0)
+    assert (level, check) in loud(findings)
+    assert {c for _, c in loud(findings, "fault")} <= {check}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_planted_model_fault_is_named_and_no_other(name, pipelines):
+    check, level, alter = MODELS[name]
+    model = pipelines("sd1")
+    alter(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=check == "autocast"):
+        findings = examine(model, colour, BATCH, guidance=7.5)
+    assert loud(findings) == [(level, check)]
+
+
+def test_a_dead_part_is_named_and_the_living_one_proved():
+    findings = examine(Painter(), REWARDS["a dead part of a sum"][2](), BATCH, guidance=3.0)
+    (fault,) = [f for f in findings if f.level == "fault"]
+    assert "'without_graph'" in fault.text
+
+
+def test_an_exception_says_who_what_and_where():
+    (raised,) = examine(Painter(), REWARDS["raises"][2](), BATCH, guidance=3.0)[:1]
+    assert "Reward 'broken' raised KeyError: 'width' (faults.py, line " in raised.text
+    texts = [f.text for f in examine(Painter(), REWARDS["refuses"][2](), BATCH, guidance=3.0)]
+    assert "The prompt names no colour. Name one." in texts
+
+
+def test_memory_that_runs_out_is_no_fault():
+    def hungry(images, batch):
+        raise torch.OutOfMemoryError("too much")
+
+    assert loud(examine(Painter(), hungry, BATCH, guidance=3.0)) == [("warning", "reward runs")]
+
+
+def test_a_broken_encoder_is_no_traceback():
+    model = Painter()
+    model.encode = lambda batch, draw=None: 1 / 0
+    (raised,) = examine(model, colour, BATCH, guidance=3.0)
+    assert (raised.level, raised.check) == ("fault", "model runs")
+    assert "ZeroDivisionError" in raised.text
+
+
+def test_nothing_to_train(pipelines):
+    assert loud(examine(pipelines("sd1", lora=None), colour, BATCH, guidance=7.5)) == [("fault", "adapter acts")]
+
+
+def test_wherever_a_network_hides_it_is_found():
+    import functools
+
+    net = torch.nn.Linear(48, 1).double()
+
+    class Judge:
+        def __init__(self, inner):
+            self.inner = {"nets": [inner]}
+
+        def __call__(self, images, batch):
+            return self.inner["nets"][0](images.flatten(1))[:, 0]
+
+    def given(net, images, batch):
+        return net(images.flatten(1))[:, 0]
+
+    rewards = [Judge(net), Judge(net).__call__, functools.partial(given, net), lambda i, b, net=net: given(net, i, b)]
+    for reward in [*rewards, weighted([(colour, 1), (Judge(net), 1)])]:
+        reward_name = getattr(reward, "name", "mine")
+        findings = examine(Painter(), reward, BATCH, guidance=3.0)
+        assert loud(findings) == [("warning", "reward frozen")], reward_name
+
+
+# ---------------------------------------------------------------------------------------------------- health
+
+HEALTHY = {
+    "sd1": ("sd1", {}, colour, 7.5),
+    "sd2": ("sd2", {}, colour, 7.5),
+    "sdxl": ("sdxl", {}, colour, 5.0),
+    "sd3": ("sd3", {}, colour, 3.5),
+    "sd3 without t5": ("sd3_without_t5", {}, colour, 3.5),
+    "flux": ("flux", {}, colour, 3.5),
+    "schnell": ("schnell", {}, colour, 1.0),
+    "auraflow": ("auraflow", {}, colour, 3.5),
+    "guidance off": ("sd1", {}, colour, 1.0),
+    "jpeg": ("sd1", {}, "jpeg", 7.5),
+    "stochastic": ("sd1", {"eta": 1.0}, colour, 7.5),
+    "stochastic flow": ("sd3", {"eta": 0.7}, colour, 3.5),
+    "bfloat16": ("sd1", {"dtype": torch.bfloat16}, colour, 7.5),
+    "float64": ("sd2", {"dtype": torch.float64}, colour, 7.5),
+    "checkpointing": ("sdxl", {"checkpointing": True}, colour, 5.0),
+    "full": ("sd3", {"lora": None, "full": True}, colour, 3.5),
+    "shapes, count": ("shapes", {}, "shapes-count", 2.0),
+    "shapes, alignment": ("shapes", {}, "shapes-alignment", 2.0),
+    "shapes, mixture": ("shapes", {}, ["shapes-count", "jpeg=0.3"], 2.0),
+}
+"""name: (pipeline, options, reward, guidance)."""
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_health_raises_no_alarm(name, pipelines):
+    source, options, reward, guidance = HEALTHY[name]
+    model = pipelines(source, **options)
+    if not callable(reward):
+        reward = load_reward(reward) if isinstance(reward, str) else load_rewards(reward)
+    findings = examine(model, reward, SHAPES if source == "shapes" else BATCH, guidance=guidance)
+    assert not loud(findings), report_lines(findings)
+    assert report_lines(findings)[-1].startswith("Everything in order: ")
+    proved = {f.check: f.error for f in findings if f.error is not None}
+    assert proved["reward gradient"] < 1e-3
+    assert proved.get("adapter reached", 0) == 0
+    if model.dtype != torch.bfloat16:
+        assert max(proved["decoder gradient"], proved["chain gradient"]) < 0.02
+
+
+def test_a_users_own_model_is_enough():
+    findings = examine(Painter(), colour, BATCH, guidance=3.0)
+    assert not loud(findings)
+    assert max(f.error for f in findings if f.error is not None) < 1e-5
+
+
+@pytest.mark.parametrize("prompts", [["red cat"], [""], ["red", "red"]])
+def test_one_prompt_is_enough(prompts, pipelines):
+    findings = examine(pipelines("sd1"), colour, Batch(prompts), guidance=7.5)
+    assert not loud(findings)
+    assert "guidance" in {f.check for f in findings if f.error is not None}
+    assert "prompts" in {f.check for f in findings if f.error is None}
+
+
+KINKED = {
+    "total variation": lambda images, batch: -(images[..., 1:] - images[..., :-1]).abs().mean((1, 2, 3)),
+    "brightest": lambda images, batch: images.amax((1, 2, 3)),
+    "median": lambda images, batch: images.flatten(1).median(1).values,
+    "relu": lambda images, batch: torch.relu(images - 0.5).mean((1, 2, 3)),
+    "steep": lambda images, batch: torch.sigmoid(100 * (images - 0.5)).mean((1, 2, 3)),
+    "clamped": lambda images, batch: images.mean((1, 2, 3)).clamp(0.2, 0.8),
+    "bicubic": lambda images, batch: (
+        torch.nn.functional.interpolate(images, (11, 11), mode="bicubic").clamp(0, 1).square().mean((1, 2, 3))
+    ),
+    "a large offset": lambda images, batch: 1000 + images.mean((1, 2, 3)),
+    "small": lambda images, batch: 1e-6 * images.mean((1, 2, 3)),
+    "in float32": lambda images, batch: images.float().square().mean((1, 2, 3)),
+    "in bfloat16": lambda images, batch: images.bfloat16().square().mean((1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_an_awkward_reward_raises_no_alarm(name):
+    assert not loud(examine(Painter(), KINKED[name], BATCH, guidance=7.5))
+
+
+def test_eight_bits_straight_through_are_smooth_enough(pipelines):
+    def rounded(images, batch):
+        return (images + ((255 * images).round() / 255 - images).detach()).square().mean((1, 2, 3))
+
+    assert not loud(examine(pipelines("sd1"), rounded, BATCH, guidance=7.5))
+
+
+# ---------------------------------------------------------------------------------------------------- manners
+
+
+def test_everything_is_left_as_it_was_found(pipelines):
+    model, reward = pipelines("sd1"), load_rewards(["jpeg"])
+    frozen = load_reward("shapes-count")
+    seen = frozen.frozen
+    mixed = weighted([(reward, 1), (lambda i, b: seen.like(i)(i).sum((1, 2, 3)), 1)])
+    lora.scale(model, 0.7)
+    for p in model.trainable().values():
+        p.grad = torch.full_like(p, 3)
+    everything = [*model.network.parameters(), *model.vae.parameters()]
+    before = [p.detach().clone() for p in everything]
+    model.calls["network"], copies = 5, dict(seen._copies)
+    flags = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.network.modules()]
+    scales = [dict(layer.scaling) for layer in model.network.modules() if isinstance(layer, lora.LoraLayer)]
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    assert not loud(examine(model, mixed, BATCH, guidance=7.5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, was) for p, was in zip(everything, before, strict=True))
+    assert all(bool((p.grad == 3).all()) for p in model.trainable().values())
+    assert model.calls == {"network": 5, "backward": 0, "decode": 0}
+    assert seen._copies == copies
+    assert scales == [dict(m.scaling) for m in model.network.modules() if isinstance(m, lora.LoraLayer)]
+    assert flags == [
+        (m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.network.modules()
+    ]
+    assert torch.is_autocast_cache_enabled()
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", ["base stays off", "denoiser raises", "denoiser drops out"])
+def test_a_fault_too_leaves_everything(name, pipelines):
+    model = pipelines("sd1")
+    before = [p.detach().clone() for p in model.network.parameters()]
+    MODELS[name][2](model)
+    state = torch.get_rng_state()
+    examine(model, colour, BATCH, guidance=7.5)
+    assert lora.is_on(model.network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, was) for p, was in zip(model.network.parameters(), before, strict=True))
+
+
+def test_a_network_that_counts_its_calls_is_put_back():
+    net = torch.nn.BatchNorm2d(3).double().requires_grad_(False)
+    examine(Painter(), lambda images, batch: net(images).square().mean((1, 2, 3)), BATCH, guidance=3.0)
+    assert net.num_batches_tracked == 0
+    assert not net.running_mean.any()
+
+
+def test_the_same_twice_and_under_no_grad(pipelines):
+    model = pipelines("sd1")
+    first = examine(model, colour, BATCH, guidance=7.5)
+    with torch.no_grad():
+        assert examine(model, colour, BATCH, guidance=7.5) == first
+
+
+def test_every_check_is_planted():
+    planted = {check for check, _, _ in (*REWARDS.values(), *MODELS.values())}
+    assert planted == {*doctor.CHECKS, *doctor.STIRRED}
+    assert len(REWARDS) + len(MODELS) >= 40
+
+
+def test_report_lines():
+    lines = report_lines(
+        [
+            Finding("note", "a", "right to 3e-06", 3e-6),
+            Finding("note", "b", "Not measurable."),
+            Finding("warning", "c", "Odd."),
+            Finding("fault", "d", "Wrong."),
+        ]
+    )
+    assert lines == [
+        "Fault, d: Wrong.",
+        "Warning, c: Odd.",
+        "Note, b: Not measurable.",
+        "The rest in order: right to 3e-06.",
+    ]
+    assert report_lines([Finding("note", "a", "right to 3e-06", 3e-6)]) == ["Everything in order: right to 3e-06."]
+    assert report_lines([]) == []
