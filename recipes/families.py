@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "models"))
-from conftest import BUILDERS  # the pipelines of the conformance suite
+from tiny_families import BUILDERS  # the pipelines of the conformance suite
 
 from tropism.commands import align
 
@@ -45,7 +44,12 @@ def run(name: str, folder: Path, seed: int, out: Path) -> tuple[float, float, fl
     )
     before, after = done.before.columns["redness"], done.after.columns["redness"]
     change = after - before
-    return before.mean().item(), after.mean().item(), (change.std() / math.sqrt(len(change))).item(), done.reload_difference
+    return (
+        before.mean().item(),
+        after.mean().item(),
+        (change.std() / math.sqrt(len(change))).item(),
+        done.reload_difference,
+    )
 
 
 def main() -> None:
@@ -53,7 +57,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", nargs="+", default=list(BUILDERS))
     asked = parser.parse_args()
-    print("| family | before | after, mean ± sd of the seeds | smallest change in standard errors | reload difference |")
+    print(
+        "| family | before | after, mean ± sd of the seeds | smallest change in standard errors | reload difference |"
+    )
     print("|---|---:|---:|---:|---:|")
     for name in asked.families:
         with tempfile.TemporaryDirectory() as scratch:
@@ -62,7 +68,9 @@ def main() -> None:
         before, after = ([row[i] for row in found] for i in (0, 1))
         spread = stdev(after) if len(after) > 1 else 0.0
         least = min((b - a) / error for a, b, error, _ in found)
-        print(f"| {name} | {mean(before):.4f} | {mean(after):.4f} ± {spread:.4f} | {least:.1f} | {max(r[3] for r in found):.1g} |")
+        print(
+            f"| {name} | {mean(before):.4f} | {mean(after):.4f} ± {spread:.4f} | {least:.1f} | {max(r[3] for r in found):.1g} |"
+        )
 
 
 if __name__ == "__main__":

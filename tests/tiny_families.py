@@ -15,8 +15,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from tiny import BETAS, TOKENS, tiny_tokenizer
+from tiny import BETAS, TOKENS, tiny_pipeline, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from tropism.models.load import load_model
 
 SIZE = 16
 SHIFTED = {
@@ -288,3 +290,33 @@ def tiny_chroma(folder: str | Path) -> Path:
             transformer=_alive(transformer, 1.2),
             scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTED),
         )
+
+
+BUILDERS = {
+    "sd1": tiny_pipeline,
+    "sd2": lambda folder: tiny_pipeline(folder, "v_prediction"),
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "sd3_without_t5": lambda folder: tiny_sd3(folder, t5=False),
+    "flux": tiny_flux,
+    "schnell": lambda folder: tiny_flux(folder, distilled=False),
+    "auraflow": tiny_auraflow,
+    "chroma": tiny_chroma,
+}
+
+
+class Folders(dict):
+    """{name: folder} of tiny pipelines, built when first asked for; read only."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name):
+        self[name] = BUILDERS[name](self.root / name)
+        return self[name]
+
+
+def model_of(folders: Folders, name: str, **options):
+    """The tiny pipeline of a name as a model, 16 px whatever its family's default."""
+    return load_model(folders[name], **{"height": SIZE, "width": SIZE, **options})

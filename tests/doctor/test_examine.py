@@ -1,8 +1,7 @@
 import pytest
 import torch
 from faults import MODELS, REWARDS, Painter, colour
-from tiny import tiny_pipeline
-from tiny_families import tiny_auraflow, tiny_flux, tiny_sd3, tiny_sdxl
+from tiny_families import Folders
 
 from tropism.core import Batch
 from tropism.doctor import examine as doctor
@@ -14,30 +13,20 @@ from tropism.rewards.load import load_reward, load_rewards
 
 BATCH = Batch(["red cat", "a cat on mars", "red"], negative_prompts=["", "bad", ""])
 SHAPES = Batch(["three red circles on sand", "two blue squares on sand"])
-FOLDERS = {
-    "sd1": tiny_pipeline,
-    "sd2": lambda folder: tiny_pipeline(folder, "v_prediction"),
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "sd3_without_t5": lambda folder: tiny_sd3(folder, t5=False),
-    "flux": tiny_flux,
-    "schnell": lambda folder: tiny_flux(folder, distilled=False),
-    "auraflow": tiny_auraflow,
-}
 SQUARE = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory):
     """Load a tiny pipeline by its name; each folder is written once."""
-    root = tmp_path_factory.mktemp("doctor")
+    folders = Folders(tmp_path_factory.mktemp("doctor"))
 
     def load(name, **options):
         if name == "shapes":
             return load_model(name, **options)
-        if not (root / name).exists():
-            FOLDERS[name](root / name)
-        return load_model(root / name, **(SQUARE if name in ("flux", "schnell", "auraflow") else {}), **options)
+        return load_model(
+            folders[name], **(SQUARE if name in ("flux", "schnell", "auraflow", "chroma") else {}), **options
+        )
 
     return load
 

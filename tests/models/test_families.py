@@ -7,7 +7,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from tiny_families import SIZE
+from tiny_families import BUILDERS, SIZE
 
 from tropism.align.rollout import sample
 from tropism.core import Batch, Draw, UserError
@@ -16,7 +16,8 @@ from tropism.models.load import load_model
 from tropism.models.lora import LoraSettings
 
 PROMPTS = ["red cat", "a cat on mars"]
-FAMILIES = ["sdxl", "sd3", "sd3_without_t5", "flux", "schnell", "auraflow", "chroma"]
+FAMILIES = [name for name in BUILDERS if name not in ("sd1", "sd2")]  # these two in test_stable_diffusion.py
+DISTILLED = ("flux", "schnell")
 SIZED = {"height": SIZE, "width": SIZE}
 ADAPTER = LoraSettings(rank=3, alpha=7)
 
@@ -63,7 +64,7 @@ def test_equals_the_pipeline_with_its_own_scheduler(folders, name, guidance):
     torch.testing.assert_close(model.decode(ours).detach(), pictures, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "auraflow", "chroma"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISTILLED])
 def test_negative_prompts_are_the_pipelines(folders, name):
     model, pipe = load_model(folders[name], **SIZED), pipeline(folders[name], name)
     ours = chain(model, noise(model), 4.0, ["mars", "on"])
@@ -131,7 +132,7 @@ def test_t5_is_optional_where_the_pipeline_allows(folders):
         load_model(folders["flux"], t5=False)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "auraflow", "chroma"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_encoders_are_freed_and_read_again(folders, name):
     model, other = load_model(folders[name], **SIZED), load_model(folders[name], **SIZED)
     assert model.prepare(PROMPTS)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as theirs
 from safetensors.torch import save_file
-from test_model_conformance import MODELS, stirred
+from test_model_conformance import stirred
+from tiny_families import BUILDERS, model_of
 
 from tropism.core import UserError
 from tropism.models import kohya as module
@@ -19,7 +20,8 @@ from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
 
-FAMILIES = [name for name in MODELS if name not in ("sd3_without_t5", "chroma")]
+WITHOUT_LAYOUT = ("chroma",)
+FAMILIES = [name for name in BUILDERS if name not in ("sd3_without_t5", *WITHOUT_LAYOUT)]
 LIMIT = 1e-6
 PARTIAL = {
     "few": ("to_q",),
@@ -37,8 +39,8 @@ def every(network):
 
 def made(folders, name, targets=None):
     """A stirred model of rank 3 and alpha 7; targets None: every layer."""
-    targets = targets or every(MODELS[name](folders, lora=None).network)
-    return stirred(MODELS[name](folders, lora=LoraSettings(3, 7, targets), checkpointing=False))
+    targets = targets or every(model_of(folders, name, lora=None).network)
+    return stirred(model_of(folders, name, lora=LoraSettings(3, 7, targets), checkpointing=False))
 
 
 def exported(model, folder):
@@ -161,7 +163,7 @@ UNREAD = re.compile(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_reads_it(folders, tmp_path, family):
-    plain = MODELS[family](folders, lora=None)
+    plain = model_of(folders, family, lora=None)
     targets = [n for n in every(plain.network) if not (isinstance(plain, Flux) and UNREAD.search(n))]
     model = made(folders, family, tuple(targets))
     file, deltas = exported(model, tmp_path / "lora")

@@ -33,7 +33,7 @@ def deltas(model):
     return {n: m.get_delta_weight("default") for n, m in layers.items()}
 
 
-@pytest.fixture(params=["epsilon", "v_prediction"])
+@pytest.fixture(params=["sd1", "sd2"])
 def folder(folders, request):
     return folders[request.param]
 
@@ -56,7 +56,7 @@ def test_scale(folder):
 def test_a_comes_from_the_seed_and_leaves_the_global_generator_alone(folders):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    models = (StableDiffusion.load(folders["epsilon"], lora=LoraSettings(seed=s)) for s in (1, 1, 2))
+    models = (StableDiffusion.load(folders["sd1"], lora=LoraSettings(seed=s)) for s in (1, 1, 2))
     first, same, other = (lora.factors(m.network) for m in models)
     a = next(k for k in first if "lora_A" in k)
     assert all(torch.equal(first[k], same[k]) for k in first)
@@ -132,13 +132,13 @@ def test_load(folder, tmp_path):
 
 
 def test_load_reads_the_names_others_write(folders, tmp_path):
-    model = made(folders["epsilon"], LoraSettings(3))
+    model = made(folders["sd1"], LoraSettings(3))
     renamed = {
         f"unet.{k}".replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v.detach().clone()
         for k, v in lora.factors(model.network).items()
     }
     save_file(renamed, tmp_path / lora.FILE)
-    other = made(folders["epsilon"], LoraSettings(3), seed=1)
+    other = made(folders["sd1"], LoraSettings(3), seed=1)
     lora.load(other, tmp_path)
     assert torch.equal(drawn(other), drawn(model))
 
@@ -153,8 +153,8 @@ def test_load_reads_the_names_others_write(folders, tmp_path):
     ],
 )
 def test_an_adapter_that_does_not_fit(folders, tmp_path, settings, message):
-    lora.save(made(folders["epsilon"]), tmp_path)
-    model = made(folders["epsilon"], settings)
+    lora.save(made(folders["sd1"]), tmp_path)
+    model = made(folders["sd1"], settings)
     before = drawn(model)
     with pytest.raises(UserError, match=message):
         lora.load(model, tmp_path)
@@ -162,7 +162,7 @@ def test_an_adapter_that_does_not_fit(folders, tmp_path, settings, message):
 
 
 def test_no_metadata_and_another_alpha(folders, tmp_path):
-    model = made(folders["epsilon"])
+    model = made(folders["sd1"])
     file = lora.save(model, tmp_path)
     save_file(load_file(file), file)
     with pytest.raises(UserError, match="carries no metadata"):
@@ -170,7 +170,7 @@ def test_no_metadata_and_another_alpha(folders, tmp_path):
 
 
 def test_files_that_are_refused(folders, tmp_path):
-    model = made(folders["epsilon"])
+    model = made(folders["sd1"])
     with pytest.raises(UserError, match=f"no {lora.FILE}"):
         lora.load(model, tmp_path)
     pickle = tmp_path / "pytorch_lora_weights.bin"
@@ -183,14 +183,14 @@ def test_files_that_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="not a readable safetensors"):
         lora.load(model, tmp_path)
     with pytest.raises(UserError, match="has no LoRA"):
-        lora.save(StableDiffusion.load(folders["epsilon"], lora=None), tmp_path / "none")
+        lora.save(StableDiffusion.load(folders["sd1"], lora=None), tmp_path / "none")
 
 
 def test_bad_settings(folders):
     with pytest.raises(UserError, match="rank is 0"):
         LoraSettings(0)
     with pytest.raises(UserError, match="matches the LoRA targets to_x"):
-        StableDiffusion.load(folders["epsilon"], lora=LoraSettings(targets=("to_x",)))
+        StableDiffusion.load(folders["sd1"], lora=LoraSettings(targets=("to_x",)))
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_mixture_is_an_adapter_like_any_other(pair, tmp_path):
 
 
 def test_mixing_what_does_not_fit(folders, tmp_path):
-    model = made(folders["epsilon"])
+    model = made(folders["sd1"])
     file = lora.save(model, tmp_path / "a")
     with pytest.raises(UserError, match="no adapter to mix"):
         mixing.mix(model, {})

@@ -1,36 +1,25 @@
-"""What every backbone must do. A new one is a line in MODELS: a builder (folders, **options) -> Model."""
+"""What every backbone must do. A new one is a line in BUILDERS of tiny_families.py."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from tiny_families import BUILDERS, model_of
 
 from tropism.core import Batch, Draw, UserError
-from tropism.models.load import load_model
 from tropism.models.lora import LoraSettings
 
-MODELS = {
-    "sd1": lambda folders, **options: load_model(folders["epsilon"], **options),
-    "sd2": lambda folders, **options: load_model(folders["v_prediction"], **options),
-    "sdxl": lambda folders, **options: load_model(folders["sdxl"], **options),
-    "sd3": lambda folders, **options: load_model(folders["sd3"], **options),
-    "sd3_without_t5": lambda folders, **options: load_model(folders["sd3_without_t5"], **options),
-    "flux": lambda folders, **options: load_model(folders["flux"], height=16, width=16, **options),
-    "schnell": lambda folders, **options: load_model(folders["schnell"], height=16, width=16, **options),
-    "auraflow": lambda folders, **options: load_model(folders["auraflow"], height=16, width=16, **options),
-    "chroma": lambda folders, **options: load_model(folders["chroma"], height=16, width=16, **options),
-}
 BATCH = Batch(["red cat", "a cat on mars", "red"], negative_prompts=["", "bad", ""])
 DRAW = Draw(3, 0, BATCH.index)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=BUILDERS)
 def make(request, folders):
     """Build the model with options; its adapter is not at 0 unless `fresh`."""
 
     def build(fresh=False, **options):
-        model = MODELS[request.param](folders, **options)
+        model = model_of(folders, request.param, **options)
         return model if fresh else stirred(model)
 
     return build

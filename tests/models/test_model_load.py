@@ -24,14 +24,14 @@ class Needy(Whole):
 
 
 def test_a_folder(folders):
-    model = load.load_model(folders["epsilon"], dtype=torch.float64, lora=LoraSettings(2), eta=0.5, height=8, width=24)
+    model = load.load_model(folders["sd1"], dtype=torch.float64, lora=LoraSettings(2), eta=0.5, height=8, width=24)
     assert isinstance(model, StableDiffusion)
     assert (model.dtype, model.lora.rank, model.process.eta, model.shape) == (torch.float64, 2, 0.5, (4, 4, 12))
 
 
 def test_a_bundled_name(folders, monkeypatch):
-    monkeypatch.setattr(load.weights, "path", lambda name: {"shapes/model": folders["epsilon"]}[name])
-    assert load.load_model("shapes").source == str(folders["epsilon"])
+    monkeypatch.setattr(load.weights, "path", lambda name: {"shapes/model": folders["sd1"]}[name])
+    assert load.load_model("shapes").source == str(folders["sd1"])
 
 
 def test_an_unknown_name():

@@ -31,7 +31,7 @@ def copied(folder, to, part="scheduler/scheduler_config.json", **change):
     return to
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_equals_the_pipeline(folders, kind, guidance):
     model = StableDiffusion.load(folders[kind])
@@ -49,9 +49,9 @@ def test_equals_the_pipeline(folders, kind, guidance):
 
 def test_never_clips(folders, tmp_path):
     """Without the key, DDIM's own default is to clip x_0 to [-1, 1], and a clamp silently zeroes gradients."""
-    folder = copied(folders["v_prediction"], tmp_path / "m", clip_sample=None)
+    folder = copied(folders["sd2"], tmp_path / "m", clip_sample=None)
     model = StableDiffusion.load(folder, dtype=torch.float64)
-    plain = StableDiffusion.load(folders["v_prediction"], dtype=torch.float64)
+    plain = StableDiffusion.load(folders["sd2"], dtype=torch.float64)
     x = 3 * Draw(1, 0, (0, 1))(0, 0, model.shape).double()
     ours = sampled(model, x, PROMPTS, 5, 3.0)
     assert torch.equal(ours, sampled(plain, x, PROMPTS, 5, 3.0))
@@ -60,12 +60,12 @@ def test_never_clips(folders, tmp_path):
 
 
 def test_old_step_offset_is_read_as_the_pipeline_reads_it(folders, tmp_path):
-    folder = copied(folders["epsilon"], tmp_path / "m", steps_offset=0)
+    folder = copied(folders["sd1"], tmp_path / "m", steps_offset=0)
     assert StableDiffusion.load(folder).process.times(50)[-2] == 1
 
 
 def test_each_text_is_embedded_once(folders):
-    model = StableDiffusion.load(folders["epsilon"])
+    model = StableDiffusion.load(folders["sd1"])
     seen = []
     model.texts.encoders.text_encoder.register_forward_hook(lambda *_: seen.append(1))
     first = model.encode(Batch(["red", "cat", "red"]))
@@ -77,24 +77,24 @@ def test_each_text_is_embedded_once(folders):
 
 
 def test_prompts_over_the_limit_are_named(folders):
-    model = StableDiffusion.load(folders["epsilon"])
+    model = StableDiffusion.load(folders["sd1"])
     long = "cat " * TOKENS
     assert model.too_long(["red cat", long, "cat " * (TOKENS - 2)]) == [long]
     assert model.encode(Batch([long])).positive["text"].shape[1] == TOKENS
 
 
 def test_size(folders):
-    model = StableDiffusion.load(folders["epsilon"], height=24, width=32)
+    model = StableDiffusion.load(folders["sd1"], height=24, width=32)
     cond = model.encode(Batch(["red"]))
     assert cond.shape == (4, 12, 16)
     assert model.decode(torch.zeros(1, *cond.shape)).shape == (1, 3, 24, 32)
     assert model.predict(torch.zeros(1, *cond.shape), 1, cond, 2.0).shape == (1, 4, 12, 16)
     with pytest.raises(UserError, match="multiple of 2"):
-        StableDiffusion.load(folders["epsilon"], height=17)
+        StableDiffusion.load(folders["sd1"], height=17)
 
 
 def test_decode_of_latents(folders):
-    model = StableDiffusion.load(folders["epsilon"], dtype=torch.float64)
+    model = StableDiffusion.load(folders["sd1"], dtype=torch.float64)
     pictures = torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     expected = model.vae.encode(2 * pictures - 1).latent_dist.mean * 0.18215
     assert torch.equal(model.latents(pictures), expected)
@@ -102,7 +102,7 @@ def test_decode_of_latents(folders):
 
 
 def test_pickles_are_refused(folders, tmp_path):
-    folder = copied(folders["epsilon"], tmp_path / "m")
+    folder = copied(folders["sd1"], tmp_path / "m")
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match="pickle"):
@@ -119,7 +119,7 @@ def test_pickles_are_refused(folders, tmp_path):
 )
 def test_foreign_folders(folders, tmp_path, change, message):
     part, values = change
-    folder = copied(folders["epsilon"], tmp_path / "m", part)
+    folder = copied(folders["sd1"], tmp_path / "m", part)
     file = folder / part
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with pytest.raises(UserError, match=message):
@@ -134,4 +134,4 @@ def test_not_a_pipeline(tmp_path):
 def test_tiny_pipeline_is_reproducible(folders, tmp_path):
     again = tiny_pipeline(tmp_path / "m")
     for file in again.rglob("*.safetensors"):
-        assert file.read_bytes() == (folders["epsilon"] / file.relative_to(again)).read_bytes()
+        assert file.read_bytes() == (folders["sd1"] / file.relative_to(again)).read_bytes()

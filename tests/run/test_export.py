@@ -1,9 +1,7 @@
 """Exports from a run folder, of every family; adapters of another base; the hub, against a stub on this machine."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,6 +9,7 @@ import torch
 import yaml
 from hub_stub import running
 from safetensors.torch import load_file, safe_open, save_file
+from tiny_families import Folders
 
 from tropism.core import UserError
 from tropism.models import lora
@@ -19,17 +18,13 @@ from tropism.models.lora import LoraSettings
 from tropism.run import export as exporting
 from tropism.run.export import Exported, export, push
 
-_spec = importlib.util.spec_from_file_location("model_folders", Path(__file__).parent.parent / "models" / "conftest.py")
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-
-FAMILIES = ["epsilon", "sdxl", "sd3", "flux", "auraflow"]
+FAMILIES = ["sd1", "sdxl", "sd3", "flux", "auraflow"]
 TOKEN = "hf_secret0123456789"
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    return _module.Folders(tmp_path_factory.mktemp("pipelines"))
+    return Folders(tmp_path_factory.mktemp("pipelines"))
 
 
 def run_of(base, out, settings=LoraSettings(3, 7), size=0.3, **options):
@@ -54,7 +49,7 @@ def each(request, folders, tmp_path_factory):
 
 @pytest.fixture
 def run(folders, tmp_path):
-    run_of(folders["epsilon"], tmp_path / "run")
+    run_of(folders["sd1"], tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -120,7 +115,7 @@ def test_strength(run, folders, tmp_path):
     for key, value in whole.items():
         by = (0.5, -2.0) if "lora_up" in key else (1.0, 1.0)
         torch.testing.assert_close((half[key], minus[key]), (by[0] * value, by[1] * value))
-    base = load_model(folders["epsilon"], lora=None).network.state_dict()
+    base = load_model(folders["sd1"], lora=None).network.state_dict()
     nets = [load_model(tmp_path / "fused" / n, lora=None).network.state_dict() for n in ("whole", "half", "minus")]
     for key, value in base.items():
         changes = [net[key] - value for net in nets]
@@ -145,7 +140,7 @@ def test_an_adapter_without_a_run_names_its_base(run, folders, tmp_path):
     with pytest.raises(UserError, match=r"Nothing beside .*alone says what base.*--model"):
         export(tmp_path / "alone", out=tmp_path / "out")
     for given in (tmp_path / "alone", tmp_path / "alone" / lora.FILE):
-        done = export(given, out=tmp_path / f"of-{given.name}", model=str(folders["epsilon"]))
+        done = export(given, out=tmp_path / f"of-{given.name}", model=str(folders["sd1"]))
         assert (done.path / lora.FILE).read_bytes() == (run / "lora" / lora.FILE).read_bytes()
     assert export(run / "lora", format="kohya", out=tmp_path).path.name == "run.safetensors"
 
@@ -159,12 +154,12 @@ def test_the_bundled_model(tmp_path):
 @pytest.mark.parametrize(
     ("adapter", "base", "message"),
     [
-        ("epsilon", "sdxl", r"Stable Diffusion or SDXL, a U-Net \(text width 16\)"),
-        ("epsilon", "flux", r"FluxTransformer2DModel.*: 12 of its names.*down_blocks\.0.*a U-Net"),
-        ("sd3", "epsilon", "UNet2DConditionModel.*transformer_blocks.*Stable Diffusion 3 or Flux"),
+        ("sd1", "sdxl", r"Stable Diffusion or SDXL, a U-Net \(text width 16\)"),
+        ("sd1", "flux", r"FluxTransformer2DModel.*: 12 of its names.*down_blocks\.0.*a U-Net"),
+        ("sd3", "sd1", "UNet2DConditionModel.*transformer_blocks.*Stable Diffusion 3 or Flux"),
         ("flux", "sd3", "single_transformer_blocks.*an adapter of Flux"),
         ("auraflow", "flux", "an adapter of AuraFlow"),
-        ("v_prediction", "epsilon", None),
+        ("sd2", "sd1", None),
     ],
 )
 def test_another_family_or_base(folders, tmp_path, adapter, base, message):

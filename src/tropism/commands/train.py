@@ -111,7 +111,7 @@ def align(
         asked.embed()
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
-        return _say_ready(asked)
+        return _say_ready(asked, remarks)
     config = _plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         for text in remarks:
@@ -158,9 +158,12 @@ def _examined(asked: Request) -> list[str]:
     return [f"{f.check}: {f.text}" for f in found if f.level == "warning"]
 
 
-def _say_ready(asked: Request) -> None:
+def _say_ready(asked: Request, remarks: Sequence[str]) -> None:
     numbers = sum(p.numel() for p in asked.model.trainable().values())
-    Console(soft_wrap=True, highlight=False, markup=False).print(
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    for text in remarks:
+        say(text)
+    say(
         f"Everything is in order: reward {name_of(asked.reward)}, {len(asked.train)} prompts to train on, "
         f"{len(asked.held)} held out, {numbers:,} numbers to train. Nothing was written; run it again without --dry-run."
     )
