@@ -141,11 +141,10 @@ def test_card(tmp_path):
     run = finished()
     text = card.write(tmp_path, run).read_text()
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
-    assert yaml.safe_load(head) == {
-        "library_name": "diffusers",
-        "base_model": run.base,
-        "tags": ["lora", "text-to-image", "diffusers", "tropism", "alignprop"],
-    }
+    tags = {"library_name": "diffusers", "tags": ["lora", "text-to-image", "diffusers", "tropism", "alignprop"]}
+    assert yaml.safe_load(head) == tags  # a base that is no hub id is not named: the hub refuses such a card
+    of_hub = card.card(finished(base="org/a-model")).split("---")[1]
+    assert yaml.safe_load(of_hub) == {**tags, "base_model": "org/a-model"}
     prose = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
     assert "<" not in prose
     assert "](http" not in prose
