@@ -56,6 +56,29 @@ def test_a_planted_model_fault_is_named_and_no_other(name, pipelines):
     assert loud(findings) == [(level, check)]
 
 
+@pytest.mark.parametrize(("share", "level"), [(0.4, None), (0.7, "warning"), (0.98, "fault")])
+def test_the_clamped_share_is_judged_at_its_limits(share, level, pipelines):
+    """A decoder of so much contrast that this share of its pixels is clamped."""
+    model = pipelines("sd1")
+    old, latents = model.decode, []
+    examine(model, lambda images, batch: latents.append(images.detach()) or colour(images, batch), BATCH, guidance=1.0)
+    far = (latents[0] - 0.5).abs().flatten()
+    contrast = 0.5 / far.quantile(1 - share).item()
+    model.decode = lambda x0: (contrast * (old(x0) - 0.5) + 0.5).clamp(0, 1)
+    findings = [f for f in examine(model, colour, BATCH, guidance=1.0) if f.check == "clamped pixels"]
+    assert [f.level for f in findings if f.level != "note"] == ([level] if level else [])
+
+
+def test_a_reward_that_is_saturated_on_the_models_own_pictures_is_a_warning():
+    seen = []
+    examine(Painter(), lambda images, batch: seen.append(images.detach()) or colour(images, batch), BATCH, guidance=3.0)
+    four = next(images for images in seen if len(images) == 4).mean((1, 2, 3))  # two of the model's own, two of noise
+    side = 1 if four[2:].max() > four[:2].max() else -1
+    wall = ((side * four[:2]).max() + (side * four[2:]).max()) / 2
+    saturated = lambda images, batch: (side * images.mean((1, 2, 3)) - wall).clamp_min(0)
+    assert loud(examine(Painter(), saturated, BATCH, guidance=3.0)) == [("warning", "reward flat")]
+
+
 def test_a_dead_part_is_named_and_the_living_one_proved():
     findings = examine(Painter(), REWARDS["a dead part of a sum"][2](), BATCH, guidance=3.0)
     (fault,) = [f for f in findings if f.level == "fault"]

@@ -141,7 +141,9 @@ def test_encoders_are_freed_and_read_again(folders, name):
     assert all(torch.equal(mine.positive[k], v) for k, v in theirs.positive.items())
     assert model.texts._pipe is None
     model.encode(Batch(["a dog"]))
-    assert model.texts._pipe is not None
+    read = model.texts.encoders
+    model.encode(Batch(["a fox"]))
+    assert model.texts.encoders is read  # once, not at every text
 
 
 def test_encoders_stay_where_the_embeddings_would_not_fit(folders, monkeypatch):
