@@ -111,6 +111,11 @@ def test_odd_sizes(folders, name):
     assert out.shape == (1, 3, 24, SIZE)
 
 
+def test_a_size_beyond_the_table_of_places(folders):
+    with pytest.raises(UserError, match=r"512x16 is beyond.*limit is 64 pixels"):
+        load_model(folders["sd3"], height=512, width=16)
+
+
 def test_guidance_and_negatives_on_distilled_models(folders):
     dev, schnell = (load_model(folders[name], **SIZED) for name in ("flux", "schnell"))
     dev.check_request(3.5)

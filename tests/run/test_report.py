@@ -52,6 +52,11 @@ def finished(prompts=("three red circles on sand", EVIL, "word " * 200, "x" * 50
     return report.Finished(**(values | changes))
 
 
+def test_the_card_of_full_weights_names_the_denoiser():
+    text = card.card(finished(adapter=False, part="transformer"))
+    assert 'pipe.transformer.load_state_dict(load_file("weights/trained.safetensors"))' in text
+
+
 def test_the_card_tells_what_each_strength_gives():
     text = card.card(finished(strengths={0.0: {"reward": 1.0, "a|b": 2.0}, 0.5: {"reward": 1.5, "a|b": 2.25}}))
     table = [line for line in text.splitlines() if line.startswith(("| strength", "| 0"))]

@@ -65,7 +65,7 @@ def _loading(run: Finished) -> str:
     load = (
         'pipe.load_lora_weights("lora", adapter_name="tropism")  # this folder\'s lora/; from the hub: ("ORG/NAME", subfolder="lora")\n'
         if run.adapter
-        else 'pipe.unet.load_state_dict(load_file("weights/trained.safetensors"))  # in this folder\n'
+        else f'pipe.{run.part}.load_state_dict(load_file("weights/trained.safetensors"))  # in this folder\n'
     )
     return fenced(
         "from diffusers import DiffusionPipeline\n"

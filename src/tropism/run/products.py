@@ -191,6 +191,7 @@ class Products:
             lines=self.recorder.lines(),
             limits=self._limits(),
             adapter=self.difference is not None,
+            part=getattr(self.model, "part", "unet"),
             strengths=self._strengths() if self.difference is not None else {},
         )
         report.write(self.out, done)

@@ -29,7 +29,7 @@ class Finished:
     ("'folder'").
     rewards: weight by reward name. prompts: those trained on. before, after: the same prompts and seeds. lines:
     metrics.jsonl. adapter: whether lora/ holds the result, else weights/trained.safetensors does. strengths: for each
-    multiple of the adapter's effect what was measured with it, by name.
+    multiple of the adapter's effect what was measured with it, by name. part: what the pipeline calls its denoiser.
     """
 
     method: str
@@ -47,6 +47,7 @@ class Finished:
     limits: list[str] = field(default_factory=list)
     adapter: bool = True
     strengths: dict[float, dict[str, float]] = field(default_factory=dict)
+    part: str = "unet"
 
 
 @dataclass(frozen=True)
