@@ -79,6 +79,12 @@ def test_a_reward_that_is_saturated_on_the_models_own_pictures_is_a_warning():
     assert loud(examine(Painter(), saturated, BATCH, guidance=3.0)) == [("warning", "reward flat")]
 
 
+def test_a_guard_that_is_satisfied_does_not_stop_a_run():
+    guard = lambda images, batch: -(0.02 - images.mean((1, 2, 3))).clamp_min(0)
+    findings = examine(Painter(), weighted([(colour, 1.0), (guard, 5.0)]), BATCH, guidance=3.0)
+    assert loud(findings) == [("warning", "reward flat")]
+
+
 def test_a_dead_part_is_named_and_the_living_one_proved():
     findings = examine(Painter(), REWARDS["a dead part of a sum"][2](), BATCH, guidance=3.0)
     (fault,) = [f for f in findings if f.level == "fault"]

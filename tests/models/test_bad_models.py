@@ -53,7 +53,8 @@ def hub():
 
 
 def asked(names, tmp_path, **environment):
-    own = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    here = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    own = {**here, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     done = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, env=own, timeout=120)
     return dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
 
@@ -103,6 +104,26 @@ def test_code_of_their_own_is_never_run(mine, where):
 def test_a_part_that_is_missing(mine, part):
     (mine / part).rename(mine / "elsewhere")
     with pytest.raises(UserError, match=f"has no {part} folder"):
+        load_model(mine)
+
+
+def test_a_tokenizer_without_its_vocabulary(mine):
+    for file in (mine / "tokenizer_2").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="tokenizer_2 has no vocabulary"):
+        load_model(mine)
+
+
+def test_a_folder_labelled_as_another_pipeline(mine):
+    changed(mine, "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(UserError, match=r"says it is a StableDiffusionPipeline, but has transformer"):
+        load_model(mine)
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "is not JSON"), ("null", "holds no settings")])
+def test_a_part_whose_configuration_is_broken(mine, text, says):
+    (mine / "transformer" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=says):
         load_model(mine)
 
 

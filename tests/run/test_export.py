@@ -18,7 +18,7 @@ from tropism.models.lora import LoraSettings
 from tropism.run import export as exporting
 from tropism.run.export import Exported, export, push
 
-FAMILIES = ["sd1", "sdxl", "sd3", "flux", "auraflow"]
+FAMILIES = ["sd1", "sdxl", "sd3", "sd3_without_t5", "flux", "auraflow"]
 TOKEN = "hf_secret0123456789"
 
 

@@ -112,7 +112,7 @@ def _raised(check: str, error: Exception, reward: Reward) -> Finding:
 def _where(error: Exception) -> str:
     """File and line of the innermost frame that is neither another package's nor the doctor's."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and "/run/doctor" not in f.filename] or frames
+    own = [f for f in frames if "site-packages" not in f.filename and "/tropism/doctor/" not in f.filename] or frames
     return f"{own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno}"
 
 

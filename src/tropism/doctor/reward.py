@@ -116,9 +116,14 @@ def reward_flat(case: Case) -> Iterator[Finding]:
         elif not gradient.any():
             with torch.no_grad():
                 values = scored(part, pictures, batch)
-            why = (
-                "the same for all four" if bool((values == values[0]).all()) else "different, so it rounds or compares"
-            )
+            same = bool((values == values[0]).all())
+            if same and len(case.parts) > 1:  # a guard that is satisfied, or a part that is dead: the others teach
+                yield warning(
+                    f"Reward '{name}' is {values[0].item():.4g} for all four pictures, without a slope. If it is a guard, it is "
+                    "satisfied and bites later; if not, it teaches nothing: replace rounding and thresholds."
+                )
+                continue
+            why = "the same for all four" if same else "different, so it rounds or compares"
             yield fault(
                 f"The gradient of reward '{name}' is exactly zero for four pictures; its scores are {why} "
                 f"({_plain(values)}). Replace rounding, thresholds, argmax and integer casts by smooth functions."

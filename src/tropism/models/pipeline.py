@@ -18,6 +18,7 @@ from tropism.core import UserError
 NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no chain needs."""
 LIBRARIES = ("diffusers", "transformers")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 QUANTISED = {"8bit": "torchao", "4bit": "bitsandbytes"}
 """Bits of the frozen denoiser's weights, and the library that holds them so."""
 
@@ -121,9 +122,26 @@ def check_folder(folder: Path, parts: Sequence[str]) -> None:
                 "read, so it is refused. If you trust it, convert it once: load it with diffusers and call "
                 "pipe.save_pretrained(folder, safe_serialization=True)."
             )
-        config = folder / part / "config.json"
-        if config.is_file() and "auto_map" in json.loads(config.read_text("utf-8", "replace")):
+        if part.startswith("tokenizer") and not any((folder / part / name).is_file() for name in VOCABULARIES):
+            raise UserError(
+                f"{folder / part} has no vocabulary ({', '.join(VOCABULARIES)}), so no prompt can be read. Save the whole "
+                "pipeline again."
+            )
+        if "auto_map" in _config(folder / part / "config.json"):
             raise own_code(folder)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """A part's configuration, {} where it has none. Raises UserError for a file that holds something else."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8", "replace"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}). Copy the model again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no settings. Copy the model again.")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -145,8 +163,15 @@ def read_pipeline(
     """
     if Path(source).is_dir():
         check_folder(Path(source), parts)
+    taken = inspect.signature(kind.__init__).parameters
+    foreign = [part for part in parts if part not in taken]
+    if foreign:
+        raise UserError(
+            f"{source} says it is a {kind.__name__}, but has {', '.join(foreign)}, which that pipeline does not take. Correct "
+            "_class_name in its model_index.json."
+        )
     own: dict[str, Any] = dict.fromkeys(without)
-    if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
+    if "requires_safety_checker" in taken:
         own |= {"safety_checker": None, "requires_safety_checker": False}
     if quantize:
         own["quantization_config"] = _quantisation(*quantize, device, dtype)

@@ -214,7 +214,9 @@ def _fused(adapter: _Adapter, out: Path, strength: float) -> float:
     del model  # two of them may not fit
     with pipeline.quiet():
         try:
-            pipe = cast(Any, kind).from_pretrained(adapter.source, use_safetensors=True, dtype=precision)
+            index = pipeline.index_of(adapter.source)
+            absent = dict.fromkeys(k for k, v in index.items() if isinstance(v, list | tuple) and v[1] is None)
+            pipe = cast(Any, kind).from_pretrained(adapter.source, use_safetensors=True, dtype=precision, **absent)
         except (OSError, ValueError, ImportError) as error:
             raise pipeline.unreadable(adapter.source, error) from error
         pipe.load_lora_weights(str(adapter.folder))
