@@ -94,7 +94,9 @@ def main() -> None:
     print("| network | checkpointing | pictures a second | peak, GB |\n|---|---|---:|---:|")
     for name in ROWS:
         for flags in ([], ["--checkpointing"]):
-            done = subprocess.run([sys.executable, __file__, name, *sys.argv[1:], *flags], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, name, *sys.argv[1:], *flags], capture_output=True, text=True
+            )
             found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
             told = f"{found['pictures_per_second']:.3f} | {found['peak_gb']:.1f}" if found else "not measured | -"
             print(f"| {name} @{asked.side} | {'blocks' if flags else 'none'} | {told} |", flush=True)

@@ -1,5 +1,6 @@
 """The commands before and after a run: doctor and export, and align on other families, as a user meets them."""
 
+import re
 import sys
 
 import pytest
@@ -124,6 +125,35 @@ def test_doctor_asks_for_sizes_that_are(flux):
         commands.doctor(model=str(flux), reward="jpeg", gpu=[0.0], height=SIZE, width=SIZE)
 
 
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"batch": -3}, "batch is -3"),
+        ({"rank": 0}, "rank is 0"),
+        ({"height": 0}, "height is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"gpu": [24.0, float("nan")]}, "GPU size is nan"),
+    ],
+)
+def test_the_doctor_refuses_the_numbers_that_align_refuses(bad, says):
+    with pytest.raises(UserError, match=says):
+        commands.doctor(model="no/such-model", reward="jpeg", **bad)
+
+
+def test_what_fits_with_the_text_encoders(capsys, flux, monkeypatch):
+    """They are alone on the card, and the larger of embedding and update decides."""
+    model = {"model": str(flux), "reward": "jpeg", "height": SIZE, "width": SIZE}
+    commands.doctor(**model, gpu=[24.0, 2e-4])
+    said = capsys.readouterr().out
+    assert re.search(r"text encoders [\d.]+ [kM]B, there alone and freed", said)
+    assert "0.0002 GB card: nothing with, nothing without" in said
+    monkeypatch.setattr("tropism.doctor.memory._free", lambda device, own: own)
+    commands.doctor(**model)
+    assert "this machine (0.0 GiB free): nothing with" in capsys.readouterr().out
+
+
 def test_export_on_the_command_line(monkeypatch, capsys, run):
     file = run.out.parent / "mine.safetensors"
     assert called(monkeypatch, "export", run.out, "--format", "kohya", "--out", file) == 0
@@ -144,7 +174,7 @@ def test_an_adapter_of_another_family_is_not_exported_with_this_base(run, tmp_pa
 
 
 def test_an_adapter_is_mixed_with_its_own_family_only(run, tmp_path):
-    mixed = commands.mix([f"{run.out}=0.5"], out=tmp_path / "half", model=str(run_model(run)))
+    mixed = commands.mix([f"{run.out}=0.5"], out=tmp_path / "half")
     mine, theirs = load_file(run.out / "lora" / mixed.name), load_file(mixed)
     key = next(k for k in mine if "lora_A" in k)
     down, up = (lambda tensors: (tensors[key], tensors[key.replace("lora_A", "lora_B")]))(mine), theirs
@@ -154,7 +184,22 @@ def test_an_adapter_is_mixed_with_its_own_family_only(run, tmp_path):
         commands.mix([f"{run.out}=0.5"], out=tmp_path / "no", model=str(tiny_pipeline(tmp_path / "sd")))
 
 
-def run_model(run):
-    import yaml
+def test_a_mixture_knows_its_base(run, flux, tmp_path):
+    mixed = commands.mix([f"{run.out}=0.5"], out=tmp_path / "half").parent
+    again = commands.mix([f"{mixed}=2", f"{run.out}=-1"], out=tmp_path / "nothing").parent
+    assert all(not (p[1] @ p[0]).any() or (p[1] @ p[0]).abs().max() < 1e-6 for p in products(again))
+    exported = commands.export(mixed, format="kohya", out=tmp_path / "half.safetensors")
+    assert any("double_blocks_0_img_attn_qkv" in key for key in load_file(exported))
+    with pytest.raises(UserError, match=r"There is no pytorch_lora_weights.safetensors in .*missing"):
+        commands.mix([f"{tmp_path}/missing"], out=tmp_path / "no")
+    (mixed / "config.yaml").write_text("model: other/base\n")
+    with pytest.raises(UserError, match=r"several base models \(.*other/base.*--model"):
+        commands.mix([str(run.out), str(mixed)], out=tmp_path / "no")
+    (mixed / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"No run says .*--model"):
+        commands.mix([str(mixed)], out=tmp_path / "no")
 
-    return yaml.safe_load((run.out / "config.yaml").read_text())["model"]
+
+def products(adapter):
+    tensors = load_file(adapter / "pytorch_lora_weights.safetensors")
+    return [(tensors[k], tensors[k.replace("lora_A", "lora_B")]) for k in tensors if "lora_A" in k]

@@ -259,12 +259,14 @@ def export(
 def mix(
     adapter: Annotated[list[str], typer.Option(help="FOLDER=WEIGHT of a finished run or adapter, repeatable.")],
     out: Annotated[Path, typer.Option(help="Where the mixed adapter goes.")],
-    model: Annotated[str, typer.Option(help=HELP["model"])] = "shapes",
+    model: Annotated[str | None, typer.Option(help="The base model (default: the runs').")] = None,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
+    dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
 ) -> None:
     """Mix finished adapters of one base model by weight: their B A products are summed."""
     from tropism import commands
 
-    commands.mix(adapter, out=out, model=model)
+    commands.mix(adapter, out=out, model=model, device=device, dtype=dtype)
 
 
 @app.command()

@@ -127,6 +127,12 @@ REWARDS = {
     ),
     "batch statistics": ("reward per sample", "fault", lambda: standardised),
     "batch mean": ("reward per sample", "fault", lambda: lambda images, batch: images.mean() + 0 * mean(images)),
+    "by place": (
+        "reward per sample",
+        "warning",
+        lambda: lambda images, batch: mean(images) * (1 + images.new_tensor(batch.index)),
+    ),
+    "sparse": ("reward flat", "warning", lambda: lambda images, batch: (mean(images[:, 0]) - 0.85).clamp_min(0)),
     "dropout": ("reward repeatable", "fault", lambda: judged_by(network(True, 0.5))),
     "own randomness": (
         "reward repeatable",
@@ -193,9 +199,33 @@ def shifted(old):
 def rescaled(old):
     def new(x, t, cond, w):
         out = old(x, t, cond, w)
-        return out if w <= 1 else out * old(x, t, cond, 1.0).std() / out.std()
+        size = lambda y: y.std((1, 2, 3), keepdim=True)
+        return out if w <= 1 else out * size(old(x, t, cond, 1.0)) / size(out)
 
     return new
+
+
+def whitened(old):
+    """Statistics over the whole batch."""
+
+    def new(x, t, cond, w):
+        out = old(x, t, cond, w)
+        return out / out.std()
+
+    return new
+
+
+def doubled(old):
+    """w (cond - uncond) added once too often."""
+    return lambda x, t, cond, w: old(x, t, cond, 2 * w)
+
+
+def timeless(old):
+    return lambda x, t, cond, w: old(x, 500.0, cond, w)
+
+
+def first_prompt_for_all(old):
+    return lambda x, t, cond, w: old(x, t, cond[[0] * len(cond)], w)
 
 
 def deaf(old):
@@ -315,7 +345,11 @@ MODELS = {
     "clip_sample": ("x0 linear", "fault", wrapped("x0", lambda old: lambda *args: old(*args).clamp(-1, 1))),
     "halves swapped": ("guidance", "fault", wrapped("predict", swapped)),
     "guidance shifted": ("guidance", "fault", wrapped("predict", shifted)),
-    "guidance rescaled": ("guidance", "fault", wrapped("predict", rescaled)),
+    "guidance doubled": ("guidance", "fault", wrapped("predict", doubled)),
+    "guidance rescaled": ("guidance", "warning", wrapped("predict", rescaled)),
+    "batch statistics": ("rows", "fault", wrapped("predict", whitened)),
+    "time ignored": ("time", "warning", wrapped("predict", timeless)),
+    "first prompt for all": ("rows", "fault", wrapped("predict", first_prompt_for_all)),
     "prompts ignored": ("prompts", "warning", wrapped("encode", deaf)),
     "text not finite": ("model runs", "fault", wrapped("encode", bad_text)),
     "denoiser not finite": ("model runs", "fault", wrapped("predict", divided_by_zero)),

@@ -301,6 +301,8 @@ def test_the_larger_of_step_and_decode_counts():
     big, small = footprint(most=100), footprint(most=30)
     assert peak(Update(small, big, **base), 1) - peak(Update(small, small, **base), 1) == 100 - 2 * 30
     assert peak(Update(big, small, **base, guided=False), 1) == peak(Update(small, big, **base, guided=False), 1)
+    text = Update(small, small, **base, text_bytes=10**6)
+    assert peak(text, 1) == 10**6, "the text encoders were there before"
     averaged = Update(footprint(0, 10), small, **base, ema=True, other_bytes=7)
     assert peak(averaged, 1) == peak(Update(footprint(0, 10), small, **base), 1) + 40 + 7
 

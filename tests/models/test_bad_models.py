@@ -8,9 +8,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_families import tiny_sd3
 
-from tropism.core import UserError
+from tropism.core import Batch, UserError
 from tropism.models.load import load_model
 
 ANSWERS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "bare": (404, "EntryNotFound")}
@@ -131,6 +132,30 @@ def test_a_file_that_is_missing(mine):
     next((mine / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match="could not be read"):
         load_model(mine)
+
+
+def test_weights_that_lack_a_tensor(mine):
+    file = next((mine / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.pop("norm_out.linear.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer lack 1 tensors \(norm_out\.linear\.weight\)"):
+        load_model(mine)
+
+
+def test_a_tokenizer_that_is_broken(mine):
+    (mine / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="could not be read: KeyError"):
+        load_model(mine).encode(Batch(["a cat"]))
+
+
+def test_an_error_is_one_line_and_nothing_else(tmp_path):
+    words = ["doctor", "--model", "org/name", "--reward", "jpeg"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-m", "tropism.cli", *words], env=env, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("tropism: model_index.json of 'org/name' could not be fetched")
 
 
 def test_a_scheduler_of_another_kind(mine):

@@ -111,9 +111,12 @@ def test_odd_sizes(folders, name):
     assert out.shape == (1, 3, 24, SIZE)
 
 
-def test_a_size_beyond_the_table_of_places(folders):
-    with pytest.raises(UserError, match=r"512x16 is beyond.*limit is 64 pixels"):
-        load_model(folders["sd3"], height=512, width=16)
+@pytest.mark.parametrize("name", ["sd3", "auraflow"])
+def test_a_size_beyond_the_table_of_places(folders, name):
+    with pytest.raises(UserError, match=r"512x16 is beyond.*limit is 64 pixels a side. Try --height 64 --width 16"):
+        load_model(folders[name], height=512, width=16)
+    model = load_model(folders[name], height=64, width=16)
+    assert sample(model, Batch(PROMPTS[:1]), Draw(0, 0, (0,)), steps=1, guidance=1.0).shape == (1, 3, 64, 16)
 
 
 def test_guidance_and_negatives_on_distilled_models(folders):
@@ -151,6 +154,34 @@ def test_encoders_are_freed_and_read_again(folders, name):
     assert model.texts.encoders is read  # once, not at every text
 
 
+def test_the_text_encoders_have_the_device_to_themselves(folders, monkeypatch):
+    """cpu:0 stands for an accelerator: the same memory, another name."""
+    model, moved = load_model(folders["sd3"], lora=ADAPTER), []
+    model.device = model._where = torch.device("cpu:0")
+    original = torch.nn.Module.to
+    parts = {id(model.network): "denoiser", id(model.vae): "decoder"}
+
+    def to(module, device, *rest):
+        moved.append((parts.get(id(module), "encoder"), str(device)))
+        return original(module, device, *rest)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    weights = {n: id(p) for n, p in model.trainable().items()}
+    cond = model.encode(Batch(PROMPTS))
+    assert moved[:2] == [("denoiser", "cpu"), ("decoder", "cpu")]
+    assert {what for what, _ in moved[2:]} == {"encoder"}
+    moved.clear()
+    model.predict(noise(model), 0.5, cond, 1.0)
+    assert moved == [("denoiser", "cpu:0"), ("decoder", "cpu:0")]
+    moved.clear()
+    assert model.prepare(PROMPTS)
+    model.encode(Batch(["a dog"]))
+    assert moved[:2] == [("denoiser", "cpu"), ("decoder", "cpu")], "the encoders were freed and are read again"
+    moved.clear()
+    assert {n: id(p) for n, p in model.trainable().items()} == weights, "an optimiser would hold other parameters"
+    assert moved == [("denoiser", "cpu:0"), ("decoder", "cpu:0")]
+
+
 def test_encoders_stay_where_the_embeddings_would_not_fit(folders, monkeypatch):
     monkeypatch.setattr("tropism.models.text.ROOM", 300_000)
     model = load_model(folders["flux"], **SIZED)
@@ -172,6 +203,32 @@ def test_scheduler_keys_for_few_step_variants(folders):
     assert load_model(folders["sd3"], scheduler={"shift": 6.0}).process.shift == 6
     with pytest.raises(UserError, match=r"no 'timestep_spacin'. Did you mean timestep_spacing"):
         load_model(folders["sdxl"], scheduler={"timestep_spacin": "trailing"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("sd3", {"shift": -3}, "time shift is -3; it must be positive"),
+        ("sd3", {"shift": 0}, "time shift is 0"),
+        ("sd3", {"shift": float("nan")}, "shift is nan; it must be a number"),
+        ("sd3", {"shift": "abc"}, "shift=abc is a word; shift is a number"),
+        ("sd3", {"num_train_timesteps": -5}, "num_train_timesteps is -5"),
+        ("sd3", {"num_train_timesteps": 2.5}, "num_train_timesteps is 2.5"),
+        ("sd3", {"shift_terminal": 1.5}, r"shift_terminal\) is 1.5; it must lie in \[0, 1\)"),
+        ("sd3", {"use_dynamic_shifting": "maybe"}, "is a word; use_dynamic_shifting is true or false"),
+        ("flux", {"base_image_seq_len": 4096}, "are both 4096"),
+        ("flux", {"base_shift": 1e6}, "time shift is .* tokens; it must be positive and ordinary"),
+        ("flux", {"time_shift_type": "linear", "base_shift": -9, "max_shift": 9}, "time shift is -10.125"),
+        ("sdxl", {"beta_start": "foo"}, "beta_start is a number"),
+        ("sdxl", {"beta_start": 1.5}, "betas reach from .* must lie between 0 and 1"),
+        ("sdxl", {"steps_offset": -1}, "steps_offset is -1"),
+        ("sdxl", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
+        ("sdxl", {"trained_betas": 3}, "trained_betas"),
+    ],
+)
+def test_scheduler_values_that_cannot_be(folders, name, change, says):
+    with pytest.raises(UserError, match=says):
+        load_model(folders[name], scheduler=change, **SIZED).process.times(2, (4, 8, 8))
 
 
 def test_a_scheduler_that_has_no_formula_is_overridden_in_the_reload_too(folders, tmp_path):

@@ -107,6 +107,15 @@ def product(down, up):
     return (up.double().flatten(1) @ down.double().flatten(1)).reshape(len(up), *down.shape[1:])
 
 
+def test_a_run_without_t5_is_fused_without_it(folders, tmp_path):
+    run_of(folders["sd3"], tmp_path / "run", t5=False)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text() + "t5: false\n")
+    fused = export(tmp_path / "run", format="fused", out=tmp_path / "fused").path
+    assert not (fused / "text_encoder_3").exists() and (fused / "text_encoder_2").is_dir()
+    assert load_model(fused).texts.encoders.text_encoder_3 is None
+
+
 def test_strength(run, folders, tmp_path):
     """Half a strength is half the change of every weight, in the kohya file and in the fused pipeline."""
     for format in ("kohya", "fused"):

@@ -14,7 +14,7 @@ from tropism.doctor.examine import Finding, examine, report_lines
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
 from tropism.run import request
-from tropism.run.checks import set_up
+from tropism.run.checks import check_model_numbers, set_up
 from tropism.run.record import environment
 
 
@@ -47,6 +47,7 @@ def doctor(
     Without a model the machine alone is described. Returns what was found; nothing is written or changed.
     """
     settings = dict(locals())
+    check_model_numbers(settings)
     place, precision = set_up(device, dtype, threads)
     say = Console(soft_wrap=True, highlight=False, markup=False).print
     say(machine(environment()))
@@ -63,7 +64,7 @@ def doctor(
     findings = examine(loaded, scored, asked, guidance=weight, seed=seed)
     for line in report_lines(findings):
         say(line)
-    if isinstance(loaded, Latent):
+    if isinstance(loaded, Latent) and not any((f.level, f.check) == ("fault", "model runs") for f in findings):
         for line in memory.lines(loaded, batch=batch, active=loaded.steps, guidance=weight, gpu=gpu):
             say(line)
     return findings

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import yaml
 from rich.console import Console
 
 from tropism.core import UserError
@@ -14,6 +15,7 @@ from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.load import load_model
 from tropism.run import export as exporting
+from tropism.run.checks import set_up
 
 
 def export(
@@ -48,35 +50,58 @@ def export(
     return done.path
 
 
-def mix(adapters: Sequence[str], *, out: str | Path, model: str = "shapes") -> Path:
+def mix(
+    adapters: Sequence[str],
+    *,
+    out: str | Path,
+    model: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Path:
     """Sum the B A products of finished adapters, each "FOLDER=WEIGHT", into one adapter in `out`; returns its file.
 
-    Raises UserError for a weight that is not a number or adapters of another base.
+    model: the base, default the one that the runs name. A config.yaml beside the mixture names it and the parts, so that it can be
+    exported and mixed again. The mixture is read back into a plain diffusers pipeline and compared.
+    Raises UserError for a weight that is not a number, runs that name no base or several, and adapters of another base.
     """
     parts: dict[str | Path, float] = {}
+    bases: dict[str, None] = {}
     for text in adapters:
-        folder, _, weight = text.rpartition("=")
-        try:
-            share, adapter = (float(weight) if folder else 1.0), _adapter(folder or weight)
-        except ValueError as error:
-            raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
-        if not math.isfinite(share):
-            raise UserError(f"The weight in {text!r} is not finite. Write --adapter FOLDER=0.5.")
-        parts[adapter] = parts.get(adapter, 0.0) + share
+        folder, weight = _weighted(text)
+        adapter, config = exporting.found(Path(folder))
+        parts[adapter] = parts.get(adapter, 0.0) + weight
+        bases |= dict.fromkeys([str(config["model"])] if config.get("model") else [])
     if Path(out).is_file() or (Path(out).exists() and any(Path(out).iterdir())):
         raise UserError(
             f"{out} is a file or a folder that is not empty, and a mixture never writes over an adapter. Choose another --out."
         )
-    loaded = load_model(model)
+    if model is None and len(bases) != 1:
+        for adapter in parts:
+            lora.read(adapter)  # says so if it is not there
+        what = (
+            f"The runs name several base models ({', '.join(bases)})" if bases else "No run says what its base model is"
+        )
+        raise UserError(f"{what}. Mix adapters of one base, and name it: --model.")
+    base, (place, precision) = model or next(iter(bases)), set_up(device, dtype, None)
+    loaded = load_model(base, device=place, dtype=precision)
     if not isinstance(loaded, Latent):
-        raise UserError(f"{model} is not a diffusers pipeline, and only their adapters can be mixed.")
+        raise UserError(f"{base} is not a diffusers pipeline, and only their adapters can be mixed.")
     mixing.mix(loaded, parts)
+    exporting.shrink(loaded)
     file = lora.save(loaded, out)
     lora.verify(loaded, out)
+    named = {"model": base, "mixture": {str(folder): weight for folder, weight in parts.items()}}
+    (Path(out) / "config.yaml").write_text(yaml.safe_dump(named, sort_keys=False), "utf-8")
     return file
 
 
-def _adapter(folder: str) -> Path:
-    """A run folder's adapter, or the adapter folder itself."""
-    inside = Path(folder) / "lora"
-    return inside if inside.is_dir() else Path(folder)
+def _weighted(text: str) -> tuple[str, float]:
+    """ "FOLDER=WEIGHT", or a folder alone, whose weight is 1."""
+    folder, _, weight = text.rpartition("=")
+    try:
+        share = float(weight) if folder else 1.0
+    except ValueError as error:
+        raise UserError(f"The weight in {text!r} is not a number. Write --adapter FOLDER=0.5.") from error
+    if not math.isfinite(share):
+        raise UserError(f"The weight in {text!r} is not finite. Write --adapter FOLDER=0.5.")
+    return folder or weight, share

@@ -38,8 +38,10 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "decoder graph": (of_model.decoder_graph, ("model runs",)),
     "decoder gradient": (of_model.decoder_gradient, ("decoder graph",)),
     "x0 linear": (of_model.x0_linear, ("model runs",)),
+    "rows": (of_model.rows, ("model repeatable",)),
+    "time": (of_model.time, ("model repeatable",)),
     "prompts": (of_model.prompts, ("model repeatable",)),
-    "guidance": (of_model.guidance, ("prompts",)),
+    "guidance": (of_model.guidance, ("prompts", "rows")),
     "adapter precision": (adapter.adapter_precision, ()),
 }
 """What is examined, in this order, each with the checks that must have found no fault or warning before."""

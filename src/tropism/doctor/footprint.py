@@ -34,7 +34,10 @@ from tropism.core import UserError
 
 GPUS = (10, 12, 16, 24, 40, 48, 80, 141)
 """Memory sizes that cards are sold by, GB."""
-_TRANSFORMERS = ("SD3Transformer2DModel", "FluxTransformer2DModel", "AuraFlowTransformer2DModel")
+_TRANSFORMERS = (
+    *("SD3Transformer2DModel", "FluxTransformer2DModel"),
+    *("ChromaTransformer2DModel", "AuraFlowTransformer2DModel"),
+)
 NETWORKS = ("UNet2DConditionModel", *_TRANSFORMERS, "AutoencoderKL")
 """The diffusers classes whose inputs `inputs_of` knows."""
 _ADAPTER = ".lora_"
@@ -99,7 +102,7 @@ def inputs_of(network: Any, height: int, width: int, *, tokens: int, rows: int =
     if kind == "AutoencoderKL":
         return {"z": make(config.latent_channels, height, width)}
     patches = height * width // 4  # Flux's pipeline makes tokens of 2 x 2 latent pixels
-    packed, unet = kind.startswith("Flux"), kind.startswith("UNet")
+    packed, unet = kind.startswith(("Flux", "Chroma")), kind.startswith("UNet")
     latents = make(patches, config.in_channels) if packed else make(config.in_channels, height, width)
     text = make(tokens, config.cross_attention_dim if unet else config.joint_attention_dim)
     inputs: dict[str, Any] = {
@@ -111,6 +114,8 @@ def inputs_of(network: Any, height: int, width: int, *, tokens: int, rows: int =
         inputs["pooled_projections"] = make(config.pooled_projection_dim)
     if packed:
         inputs |= {"img_ids": make(patches, 3)[0], "txt_ids": make(tokens, 3)[0]}  # places, the same for every row
+    if kind.startswith("Chroma"):
+        inputs["attention_mask"] = make(tokens + patches)
     if config.get("guidance_embeds"):
         inputs["guidance"] = make()
     if config.get("addition_embed_type") == "text_time":
@@ -129,6 +134,7 @@ class Update:
     denoiser, decoder: footprints of one row and of one picture. latent, picture: shapes (C, h, w) and (3, H, W).
     batch: samples of one update. active: steps from the first active one to the last. guided: two rows a sample.
     ema: whether an average of the adapter is kept. other_bytes: what else stays there, such as the reward's network.
+    text_bytes: all that is there while prompts are embedded, before the first update.
     """
 
     denoiser: Footprint
@@ -140,12 +146,14 @@ class Update:
     guided: bool = True
     ema: bool = False
     other_bytes: int = 0
+    text_bytes: int = 0
 
 
 def peak(update: Update, micro_batch: int) -> int:
     """Predicted peak bytes of the update, `micro_batch` samples at a time: what stays, and the larger of step and decode.
 
-    The text encoders are taken as freed after the prompts are embedded. Footprints grow with the rows, so one row suffices.
+    The text encoders come before and are freed: the larger of the two counts. Footprints grow with the rows, so one row
+    suffices.
     """
     stays = update.denoiser.parameter_bytes + update.decoder.parameter_bytes + update.other_bytes
     # three gradients (of the piece, the step and the update) and Adam's two moments, float32
@@ -153,7 +161,8 @@ def peak(update: Update, micro_batch: int) -> int:
     # float32: the states of the active steps, x_T, x_0 and three cotangents; the pictures in pieces and joined
     held = 4 * update.batch * ((update.active + 5) * math.prod(update.latent) + 2 * math.prod(update.picture))
     step = (2 if update.guided else 1) * update.denoiser.peak_bytes
-    return stays + trained + held + min(micro_batch, update.batch) * max(step, update.decoder.peak_bytes)
+    pieces = min(micro_batch, update.batch) * max(step, update.decoder.peak_bytes)
+    return max(update.text_bytes, stays + trained + held + pieces)
 
 
 def fits(peak: Callable[[int], int], room: int, most: int) -> int:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tropism.core import Batch, UserError
+from tropism.core import Batch
 from tropism.doctor.footprint import GPUS, NETWORKS, Footprint, Update, count, fits, inputs_of, peak, room
 from tropism.models.latent import Latent
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Footprints of one row through the denoiser and one picture through the decoder, plain and with block checkpointing."""
+    """Footprints of one row through the denoiser and one picture through the decoder, plain and with block checkpointing.
+
+    text_bytes: the text encoders' weights. They have the device to themselves, but for a quantised denoiser.
+    """
 
     denoiser: dict[bool, Footprint]
     decoder: dict[bool, Footprint]
+    text_bytes: int
 
 
 def parts_of(model: Latent) -> Parts | None:
-    """Counted on the meta device, seconds for the largest networks; None for a network whose inputs are not known."""
+    """Counted on the meta device, seconds for the largest networks; None for a network whose inputs are not known.
+
+    The text encoders are read if they are not there, and stay.
+    """
     if type(model.network).__name__ not in NETWORKS or type(model.vae).__name__ not in NETWORKS:
         return None
     height, width = model.shape[-2:]
@@ -33,7 +41,18 @@ def parts_of(model: Latent) -> Parts | None:
         blocks: count(network, inputs, checkpointing=blocks, dtype=model.dtype, method=method)
         for blocks in (False, True)
     }
-    return Parts(counted(model.network, denoiser, "forward"), counted(model.vae, decoder, "decode"))
+    steps, decodes = counted(model.network, denoiser, "forward"), counted(model.vae, decoder, "decode")
+    if model.options.get("quantize"):
+        held = sum(_bytes(p) for p in model.network.parameters())
+        steps = {blocks: replace(found, parameter_bytes=held) for blocks, found in steps.items()}
+    encoders = [part for name, part in model.texts.encoders.components.items() if name.startswith("text_encoder")]
+    return Parts(steps, decodes, sum(p.nbytes for part in encoders if part is not None for p in part.parameters()))
+
+
+def _bytes(t: Any) -> int:
+    """Of a tensor, or of the parts that a quantised one is made of."""
+    inner = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
+    return sum(_bytes(getattr(t, name)) for name in inner) or t.nbytes
 
 
 def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Sequence[float] = ()) -> list[str]:
@@ -41,13 +60,12 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
 
     active: steps from the first active one to the last. gpu: card sizes in GB, default those that cards are sold by.
     """
-    if any(not size > 0 for size in gpu):
-        raise UserError(f"The GPU size is {min(gpu):g}; it must be positive, in GB. Try --gpu 24.")
     parts = parts_of(model)
     if parts is None:
         return [f"Memory: {type(model.network).__name__} is not counted, so what fits is not known."]
     factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     pixels = tuple(side * factor for side in model.shape[-2:])
+    weights = parts.denoiser[False].parameter_bytes
     one = lambda blocks: Update(
         parts.denoiser[blocks],
         parts.decoder[blocks],
@@ -56,9 +74,10 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
         batch,
         active,
         guided=model.rows(guidance) == 2,
+        text_bytes=parts.text_bytes + (weights if model.options.get("quantize") else 0),  # those cannot step aside
     )
     most = lambda blocks, bytes_: fits(lambda m: peak(one(blocks), m), bytes_, batch)
-    free = _free(model.device)
+    free = _free(model.device, weights + parts.decoder[False].parameter_bytes + parts.text_bytes)
     sizes = [(f"this machine ({free / 2**30:.1f} GiB free)", free), *((f"{g:g} GB card", room(g)) for g in gpu or GPUS)]
     told = [
         f"{name}: {most(True, size) or 'nothing'} with, {most(False, size) or 'nothing'} without"
@@ -66,8 +85,9 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
     ]
     return [
         f"Memory, predicted, {pixels[0]}x{pixels[1]} pixels, {str(model.dtype).removeprefix('torch.')}: "
-        f"weights {_size(parts.denoiser[False].parameter_bytes)} (denoiser), "
-        f"{_size(parts.decoder[False].parameter_bytes)} (VAE); text encoders are freed.",
+        f"weights {_size(weights)} (denoiser), "
+        f"{_size(parts.decoder[False].parameter_bytes)} (VAE); text encoders {_size(parts.text_bytes)}, there alone and freed "
+        "before the first update.",
         f"A picture's peak: denoiser step {_size((2 if one(True).guided else 1) * parts.denoiser[True].peak_bytes)} with "
         f"block checkpointing, {_size((2 if one(False).guided else 1) * parts.denoiser[False].peak_bytes)} without; decode "
         f"{_size(parts.decoder[True].peak_bytes)} and {_size(parts.decoder[False].peak_bytes)}; latents "
@@ -83,10 +103,10 @@ def _size(bytes_: float) -> str:
     return f"{bytes_ / 1e3:.3g} kB"
 
 
-def _free(device: torch.device) -> int:
-    """Bytes that are free on the device, or on this machine for the CPU."""
+def _free(device: torch.device, own: int) -> int:
+    """Bytes of the device (for the CPU: of this machine) that are free or held by the model itself, `own` bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     lines_ = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     available = [int(line.split()[1]) * 1024 for line in lines_ if line.startswith("MemAvailable")]
-    return available[0] if available else 8 * 2**30
+    return (available[0] if available else 8 * 2**30) + own

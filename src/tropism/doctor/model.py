@@ -18,6 +18,8 @@ MANY, MOST = 0.5, 0.95
 """Shares of clamped pixels that are a warning and a fault. A healthy model at high guidance has some 10 %."""
 LINEAR = 1e-3
 """Relative error of a linear map in float32, where terms of size 30 cancel."""
+COMPANY = {True: 1e-3, False: 0.1}
+"""The same between batch sizes, in float32 and in half precision, which take other kernels."""
 STRAIGHT = {True: 1e-2, False: 1e-1}
 """Relative error of the line in w, in float32 and in half precision: other batch sizes take other kernels on a GPU."""
 INSIDE = 0.1
@@ -27,7 +29,12 @@ INSIDE = 0.1
 def model_runs(case: Case) -> Iterator[Finding]:
     """Prompts, denoiser and decoder give finite numbers."""
     outs, latents, pictures = case.drawn
-    remedy = "float16 ends at 65504: use --dtype float32 or bfloat16"
+    narrow = torch.finfo(case.model.dtype).bits < 32
+    remedy = (
+        "float16 ends at 65504: use --dtype float32 or bfloat16"
+        if narrow
+        else "look for a bad weight or a division by 0"
+    )
     if not finite([t for t in tree_leaves(_plain(case.cond)) if isinstance(t, Tensor)]):
         yield fault(f"The text encoder's output is not finite (NaN or infinity) for {case.batch.prompts}; {remedy}.")
     elif not finite(outs):
@@ -37,7 +44,7 @@ def model_runs(case: Case) -> Iterator[Finding]:
         yield fault("The chain's latents are not finite though the denoiser's outputs are. Check x0 and the process.")
     elif not finite([pictures]):
         yield fault(
-            f"The decoder makes pictures that are not finite from finite latents; {remedy}, for the VAE at least."
+            f"The decoder makes pictures that are not finite from finite latents; {remedy}{', for the VAE at least' if narrow else ''}."
         )
 
 
@@ -52,6 +59,36 @@ def model_repeatable(case: Case) -> Iterator[Finding]:
         yield fault(
             f"Two predictions of the same latents differ by {case.jitter:.1%}, the limit is {LINEAR:.1%}: the gradient belongs to "
             "another chain than the pictures. Call .eval() on the denoiser; dropout is the usual cause."
+        )
+
+
+@torch.no_grad()
+def rows(case: Case) -> Iterator[Finding]:
+    """A sample's prediction is the same in other company, each row with its own prompt."""
+    together = case.drawn[0][0]
+    alone = torch.cat([case.found, case.predict(case.x[1:], case.cond[1:])]) if len(together) > 1 else case.found
+    limit = COMPANY[precision(case.predict, case.x) in STEPS] + 2 * case.jitter
+    error = max(change(a, b) for a, b in zip(together, alone, strict=True))
+    if error > limit:
+        yield fault(
+            f"The prediction of a sample changes by {error:.1%} with the other samples of its batch, the limit is {limit:.1%}: "
+            "--micro-batch would change the result. Check that `predict` pairs every row with its own row of the cond (a guided "
+            "batch is all negatives, then all prompts), and leave batch statistics out."
+        )
+
+
+@torch.no_grad()
+def time(case: Case) -> Iterator[Finding]:
+    """Another time gives another prediction."""
+    other = [t for t in case.times[:-1] if t != case.t]
+    if (
+        other
+        and change(case.found, case.model.predict(case.x[:1], other[-1], case.cond[:1], case.guidance))
+        <= 2 * case.jitter
+    ):
+        yield warning(
+            f"The prediction is the same at times {case.t:g} and {other[-1]:g}: the model does not hear how noisy its input is. "
+            "Check that `predict` passes t on, in the units that the network was trained with."
         )
 
 
@@ -185,10 +222,26 @@ def guidance(case: Case) -> Iterator[Finding]:
             f"{TOLERANCE:.0%}): the halves are swapped or w is shifted by 1. Compute uncond + w (cond - uncond), with the "
             "negative prompt's rows as uncond."
         )
+    elif (felt := _negative_felt(case, one, effect)) > TOLERANCE:
+        yield fault(
+            f"At guidance 1 the prediction changes with the negative prompt (by {felt:.0%} of the guidance's effect, the limit is "
+            f"{TOLERANCE:.0%}): guidance is applied more strongly than asked for. Compute uncond + w (cond - uncond), once."
+        )
     elif curved > limit:
-        yield (warning if rows is None else fault)(
-            f"The prediction is not a straight line in the guidance w (off by {curved:.1%}, the limit is {limit:.1%}). Compute "
-            "uncond + w (cond - uncond); a model with distilled guidance says so by rows(w) == 1."
+        yield warning(
+            f"The prediction is not a straight line in the guidance w (off by {curved:.1%}, the limit is {limit:.1%}). If that is "
+            "no rescaled or clipped guidance on purpose, compute uncond + w (cond - uncond); a model with distilled guidance says "
+            "so by rows(w) == 1."
         )
     else:
         yield proof(f"guidance is uncond + w (cond - uncond) to {curved:.1g}", curved)
+
+
+def _negative_felt(case: Case, one: Tensor, effect: Tensor) -> float:
+    """How far another negative prompt moves the prediction at guidance 1, in units of the guidance's effect."""
+    batch = replace(case.batch[[0]], negative_prompts=["a grey blur"], index=(0,), parent=None)
+    try:
+        cond = case.model.encode(batch, case.draw[:1])
+    except Exception:  # it takes none
+        return 0.0
+    return ((case.predict(cond=cond, guidance=1.0) - one).norm() / effect).item()

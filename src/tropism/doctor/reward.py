@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tropism.core import Batch, Reward, scored
 from tropism.doctor.case import Case, Finding, fault, note, proof, warning
 from tropism.doctor.holds import held
-from tropism.doctor.slopes import STEPS, TOLERANCE, directions, judge, precision
+from tropism.doctor.slopes import STEPS, TOLERANCE, directions, judge, precision, white
 from tropism.rewards.frozen import Frozen
 
 OFF = 0.3
@@ -90,6 +91,13 @@ def reward_per_sample(case: Case) -> Iterator[Finding]:
                 f"batch, the limit is {limit:g}: the result would depend on the batch size. Reduce over a sample's own "
                 "dimensions only, as in .mean((1, 2, 3)), and leave batch statistics out."
             )
+            continue
+        elsewhere = scored(part, pictures, replace(batch, index=tuple(i + 17 for i in batch.index)))
+        if (error := _relative(together, elsewhere)) > limit:
+            yield warning(
+                f"The score of a picture under reward '{name}' changes by {error:.2g} of itself with its number in the batch "
+                "(batch.index), which stands for no prompt: what belongs to a prompt goes into batch.prompts or batch.metadata."
+            )
 
 
 def reward_graph(case: Case) -> Iterator[Finding]:
@@ -123,6 +131,12 @@ def reward_flat(case: Case) -> Iterator[Finding]:
                     "satisfied and bites later; if not, it teaches nothing: replace rounding and thresholds."
                 )
                 continue
+            if _slopes_elsewhere(part, case):
+                yield warning(
+                    f"Reward '{name}' has no slope on this model's own pictures, though it has on others, of one colour: it is "
+                    "sparse, and may teach nothing until a sample comes near. Widen or soften it."
+                )
+                continue
             why = "the same for all four" if same else "different, so it rounds or compares"
             yield fault(
                 f"The gradient of reward '{name}' is exactly zero for four pictures; its scores are {why} "
@@ -133,6 +147,18 @@ def reward_flat(case: Case) -> Iterator[Finding]:
                 f"The gradient of reward '{name}' is exactly zero on this model's own pictures, though not on others: it is "
                 "saturated there. Widen or soften it so that it also tells poor pictures apart."
             )
+
+
+def _slopes_elsewhere(part: Reward, case: Case) -> bool:
+    """Whether any of 27 pictures of one colour (with a little grain) has a gradient that is finite and not zero."""
+    shape = case.drawn[2].shape[1:]
+    for red in (0.1, 0.5, 0.9):
+        colours = torch.tensor([[red, green, blue] for green in (0.1, 0.5, 0.9) for blue in (0.1, 0.5, 0.9)])
+        flat = colours.to(case.drawn[2])[:, :, None, None].expand(-1, *shape)
+        gradient = _gradient(part, flat + 0.02 * white(flat, case.seed, 5), case.batch[[0] * len(colours)])
+        if gradient is not None and bool((torch.isfinite(gradient) & (gradient != 0)).any()):
+            return True
+    return False
 
 
 def reward_gradient(case: Case) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Source: Fal, AuraFlow (2024), https://huggingface.co/fal/AuraFlow-v0.3.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,12 @@ class AuraFlow(Latent):
 
     def _own_size(self) -> tuple[int, int]:
         """The pipeline's own default, whatever the network's."""
-        return SIZE, SIZE
+        side = min(SIZE, self._table())
+        return side, side
+
+    def _table(self) -> int:
+        """Its table is a square of so many places in all."""
+        return math.isqrt(self.network.config.pos_embed_max_size) * self.patch
 
     def tokens_of(self, tokenizer: Any) -> int:
         return TOKENS

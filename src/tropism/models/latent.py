@@ -19,6 +19,7 @@ from tropism.core import Batch, Draw, Stream, UserError
 from tropism.models import lora as adapters
 from tropism.models import pipeline, schedule
 from tropism.models.lora import LoraSettings
+from tropism.models.size import latent_size
 from tropism.models.text import Text, TextCond, Texts
 from tropism.process.gaussian import VP, Flow
 
@@ -67,6 +68,7 @@ class Latent:
         self.network, self.vae, self.pipeline = getattr(pipe, self.part), pipe.vae, type(pipe)
         self.source, self.lora, self.full, self.options = source, lora, full, dict(options or {})
         self.dtype, self.device = self.options.get("dtype", self.vae.dtype), self.vae.device
+        self._where = self.device
         self.calls = {"network": 0, "backward": 0, "decode": 0}
         own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
         self.process = self.process_of(schedule.overridden(own, self.options.get("scheduler", {})), eta)
@@ -210,17 +212,13 @@ class Latent:
         own = self.network.config.sample_size
         return (own, own) if isinstance(own, int) else tuple(own)
 
+    def _table(self) -> int:
+        """The latent pixels a side that the network has places for; 0 is no limit."""
+        return 0
+
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        factor, own = self._factor(), self._own_size()
-        pixels = [asked or side * factor for asked, side in zip((height, width), own, strict=True)]
-        step = factor * self.patch
-        if any(p % step or p < step for p in pixels):
-            near = [max(step, round(p / step) * step) for p in pixels]
-            raise UserError(
-                f"The picture size {pixels[0]}x{pixels[1]} is not a multiple of {step}, which this model needs "
-                f"(height x width). Try --height {near[0]} --width {near[1]}."
-            )
-        return self.vae.config.latent_channels, pixels[0] // factor, pixels[1] // factor
+        sides = latent_size((height, width), self._own_size(), self._factor(), self.patch, self._table())
+        return self.vae.config.latent_channels, *sides
 
     def _freeze(self) -> None:
         for network in (self.network, self.vae):
@@ -244,7 +242,17 @@ class Latent:
 
     # ------------------------------------------------------------------------------------------------ text
 
+    def place(self, device: torch.device) -> None:
+        """Put denoiser and VAE on a device; a quantised denoiser cannot move, so both stay."""
+        if device != self._where and not self.options.get("quantize"):
+            for network in (self.network, self.vae):
+                nn.Module.to(network, device)
+            self._where = device
+
     def _read_encoders(self) -> Any:
+        self.place(
+            torch.device("cpu")
+        )  # the text encoders are often the largest; whatever is drawn next brings both back
         pipe = self._read(self.source, self.device, {"dtype": self.dtype, **self.options}, texts=True)
         pipe.register_modules(**{self.part: self.network})  # some read their text's width off it
         return pipe
@@ -259,7 +267,9 @@ class Latent:
 
     def prepare(self, prompts: Sequence[str], negatives: Sequence[str] = ()) -> bool:
         """Embed all prompts and free the text encoders; False, and they stay, if that would need too much memory."""
-        return self.texts.prepare([*prompts, *(text or None for text in negatives)])
+        done = self.texts.prepare([*prompts, *(text or None for text in negatives)])
+        self.place(self.device)
+        return done
 
     def encode(self, batch: Batch, draw: Draw | None = None) -> TextCond:
         """Embeddings of a batch's prompts and negative prompts (default none), each distinct text computed once."""
@@ -287,6 +297,7 @@ class Latent:
 
     def counted(self, x: Tensor, t: float | Tensor, text: Text) -> Tensor:
         """One call of the network on B rows, counted."""
+        self.place(self.device)
         times = self.process.network_time(torch.as_tensor(t, dtype=torch.float64, device=x.device)).expand(len(x))
         narrow = self._network_dtype
         text = {k: v.to(narrow) if v.is_floating_point() else v for k, v in text.items()}
@@ -304,6 +315,7 @@ class Latent:
 
     def decode_raw(self, x0: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), 0 black and 1 white, not clamped; at least float32."""
+        self.place(self.device)
         self.calls["decode"] += len(x0)
         latents = x0 / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0)
         pictures = self.vae.decode(latents.to(self.vae.dtype)).sample
@@ -315,6 +327,7 @@ class Latent:
 
     def latents(self, samples: Tensor) -> Tensor:
         """The clean latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the posterior's mean, differentiable."""
+        self.place(self.device)
         mean = self.vae.encode((2 * samples - 1).to(self.vae.dtype)).latent_dist.mean
         mean = mean.to(torch.promote_types(mean.dtype, wide(samples.dtype)))
         return (mean - (getattr(self.vae.config, "shift_factor", None) or 0)) * self.vae.config.scaling_factor
@@ -332,4 +345,5 @@ class Latent:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The denoiser's parameters that train, by name: the adapter's factors, or all of them; at least float32."""
+        self.place(self.device)
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}

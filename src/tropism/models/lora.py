@@ -299,14 +299,11 @@ def _pictures(model: Latent, prompts: Sequence[str], *, seed: int, steps: int, g
 @contextmanager
 def _out_of_the_way(model: Latent) -> Iterator[None]:
     """The denoiser on the CPU inside, so that an accelerator never holds two; one that is quantised stays."""
-    if model.device.type == "cpu" or model.options.get("quantize"):
-        yield
-        return
-    nn.Module.to(model.network, "cpu")
+    model.place(torch.device("cpu"))
     try:
         yield
     finally:
-        nn.Module.to(model.network, model.device)
+        model.place(model.device)
 
 
 def verify(

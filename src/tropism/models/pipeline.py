@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,22 +25,27 @@ QUANTISED = {"8bit": "torchao", "4bit": "bitsandbytes"}
 
 
 @contextmanager
-def quiet(warnings: bool = False) -> Iterator[None]:
-    """No progress bars for local files (a download still shows its own), and no warnings unless asked for."""
+def quiet() -> Iterator[None]:
+    """No progress bars for local files (a download still shows its own), and no warnings: what matters is said in an error."""
     import diffusers.utils.logging as first
+    import huggingface_hub.utils.logging as third
     import transformers.utils.logging as second
 
-    before = [(module, module.is_progress_bar_enabled(), module.get_verbosity()) for module in (first, second)]
+    bars = [module for module in (first, second) if module.is_progress_bar_enabled()]
+    levels = [(module, module.get_verbosity()) for module in (first, second, third)]
     try:
-        for module, _, level in before:
+        for module in bars:
             module.disable_progress_bar()
-            module.set_verbosity(level if warnings else module.ERROR)
-        yield
+        for module, _ in levels:
+            module.set_verbosity(module.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        for module, bars, level in before:
+        for module, level in levels:
             module.set_verbosity(level)
-            if bars:
-                module.enable_progress_bar()
+        for module in bars:
+            module.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------- what is there
@@ -56,7 +62,8 @@ def index_of(source: str | Path) -> dict[str, Any]:
     try:
         with quiet():
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-        return cast(dict, DiffusionPipeline.load_config(str(source)))
+
+            return cast(dict, DiffusionPipeline.load_config(str(source)))
     except (OSError, ValueError) as error:
         raise unreadable(source, error, "model_index.json") from error
 
@@ -82,8 +89,10 @@ def unreadable(source: str | Path, error: Exception, wanted: str = "") -> UserEr
             f"{what} could not be fetched: the hub cannot be reached and it is not in the cache. Go online once "
             "(hf download ID), or name a folder that pipe.save_pretrained(folder) wrote."
         )
+    known = isinstance(error, OSError | ValueError) and lines
+    said = lines[0] if known else f"{type(error).__name__}: {lines[0] if lines else 'without a word'}."
     return UserError(
-        f"The model {str(source)!r} could not be read: {lines[0] if lines else type(error).__name__} It must be a diffusers "
+        f"The model {str(source)!r} could not be read: {said} It must be a diffusers "
         "folder or a hub id with safetensors weights. Check the name and the network."
     )
 
@@ -178,15 +187,27 @@ def read_pipeline(
     try:
         with quiet():
             pipe = kind.from_pretrained(str(source), use_safetensors=True, dtype=dtype, **own)
-    except (OSError, NotImplementedError, ImportError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a file that is cut off or empty can raise anything
         raise unreadable(source, error) from error
     for part in parts:
         network = getattr(pipe, part)
         if isinstance(network, nn.Module):
+            _check_complete(network, part, source)
             network.requires_grad_(False).eval()
             if not (quantize and part == quantize[1]):
                 nn.Module.to(network, device, dtype)  # diffusers' own `to` warns without a cause
     return pipe
+
+
+def _check_complete(network: nn.Module, part: str, source: str | Path) -> None:
+    """Raises UserError for weights that the file did not hold: they stay on the meta device."""
+    absent = [name for name, p in network.named_parameters() if p.is_meta]
+    if absent:
+        raise UserError(
+            f"{source}: the weights of {part} lack {len(absent)} tensors ({', '.join(absent[:3])}). Copy or save the model again."
+        )
 
 
 def _quantisation(bits: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tropism.core import UserError
 from tropism.models.latent import Latent, wide
 from tropism.models.text import Text
 
@@ -24,15 +23,8 @@ class StableDiffusion3(Latent):
     optional = "_3"
     steps, guidance = 28, 7.0
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        shape, most = super()._latent_shape(height, width), self.network.config.pos_embed_max_size * self.patch
-        if max(shape[1:]) > most:
-            factor = self._factor()
-            raise UserError(
-                f"The picture size {shape[1] * factor}x{shape[2] * factor} is beyond this model's table of places; the limit is "
-                f"{most * factor} pixels a side. Try --height {most * factor} --width {most * factor}."
-            )
-        return shape
+    def _table(self) -> int:
+        return self.network.config.pos_embed_max_size * self.patch
 
     def tokens_of(self, tokenizer: Any) -> int:
         return T5_TOKENS if "T5" in type(tokenizer).__name__ else tokenizer.model_max_length

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import UserError
+from tropism.models.pipeline import quiet
 
 Text = dict[str, Tensor]
 """What a network reads of one prompt, (1, ...) by name, or of B prompts, (B, ...)."""
@@ -60,7 +61,9 @@ class Texts:
         """One text's embedding, (1, ...) on the CPU, computed alone, so that its bits do not depend on its company."""
         if text in self._kept:
             return self._kept[text]
-        found = {k: v.cpu() for k, v in self._embed(self.encoders, text).items()}
+        encoders = self.encoders
+        with quiet():  # of a text that is cut off the run has its own remark
+            found = {k: v.cpu() for k, v in self._embed(encoders, text).items()}
         if _bytes(found) * (len(self._kept) + 1) < ROOM:
             self._kept[text] = found
         return found

@@ -144,7 +144,7 @@ class Flow:
 
     table: str = "scheduler"
     shift: float = 1.0
-    dynamic: tuple[float, float, int, int] | None = None
+    dynamic: tuple[float, float, float, float] | None = None
     shift_type: str = "exponential"
     terminal: float | None = None
     patch: int = 2
@@ -162,6 +162,17 @@ class Flow:
                 f"The time shift is of type {self.shift_type!r}; it must be one of {', '.join(SHIFTS)}. "
                 "Correct time_shift_type in scheduler/scheduler_config.json."
             )
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise UserError(f"The time shift is {self.shift}; it must be positive. Try --scheduler shift=3.")
+        if self.terminal is not None and not 0 <= self.terminal < 1:
+            raise UserError(
+                f"The last time (shift_terminal) is {self.terminal}; it must lie in [0, 1). Try --scheduler shift_terminal=null."
+            )
+        if self.dynamic is not None and self.dynamic[2] == self.dynamic[3]:
+            raise UserError(
+                f"base_image_seq_len and max_image_seq_len are both {self.dynamic[2]:g}, so the time shift has no slope between "
+                "them. Give the numbers of tokens of the smallest and the largest picture, such as 256 and 4096."
+            )
 
     def _shifted(self, t: Tensor, shape: Sequence[int] | None) -> Tensor:
         shift = self.shift
@@ -170,7 +181,12 @@ class Flow:
             low, high, fewest, most = self.dynamic
             tokens = (shape[-2] // self.patch) * (shape[-1] // self.patch)
             mu = low + (high - low) * (tokens - fewest) / (most - fewest)
-            shift = math.exp(mu) if self.shift_type == "exponential" else mu
+            shift = math.exp(min(mu, 700)) if self.shift_type == "exponential" else mu
+            if not 0 < shift < 1e6:
+                raise UserError(
+                    f"The time shift is {shift:g} for {tokens} tokens; it must be positive and ordinary. Correct base_shift and max_shift "
+                    "(--scheduler base_shift=0.5), or take another picture size."
+                )
         return shift * t / (1 + (shift - 1) * t)
 
     def times(self, steps: int, shape: Sequence[int] | None = None) -> Tensor:

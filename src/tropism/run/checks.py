@@ -57,11 +57,14 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            value = ""
         if not (key and equals and value):
             raise UserError(
                 f"--scheduler {text!r} is not of the form KEY=VALUE. Try --scheduler timestep_spacing=trailing."
             )
-        found[key] = yaml.safe_load(value)
     return found
 
 
@@ -88,13 +91,23 @@ def finite_numbers(**numbers: float | None) -> None:
             raise UserError(f"{name} is {value}; it must be a finite number. Leave --{name.replace('_', '-')} out.")
 
 
+def check_model_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a number out of its range among those that every command with a model takes."""
+    at_least_one(**{name: settings[name] for name in ("batch", "rank", "height", "width")})
+    not_negative(seed=settings["seed"])
+    finite_numbers(alpha=settings["alpha"], guidance=settings.get("guidance"))
+    for size in settings.get("gpu", ()):
+        if not (math.isfinite(size) and size > 0):
+            raise UserError(f"The GPU size is {size:g}; it must be positive, in GB. Try --gpu 24.")
+
+
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a number out of its range or a schedule that is not known."""
-    counts = ("updates", "batch", "evaluate_prompts", "rank", "checkpoint_every", "micro_batch", "evaluate_steps")
+    """Raises UserError for a number of a run out of its range or a schedule that is not known."""
+    check_model_numbers(settings)
+    counts = ("updates", "evaluate_prompts", "checkpoint_every", "micro_batch", "evaluate_steps")
     at_least_one(**{name: settings[name] for name in counts})
-    not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every", "seed")})
-    at_least_one(height=settings["height"], width=settings["width"])
-    finite_numbers(alpha=settings["alpha"], evaluate_guidance=settings["evaluate_guidance"])
+    not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every")})
+    finite_numbers(evaluate_guidance=settings["evaluate_guidance"])
     if not 0 <= settings["ema"] < 1:
         raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")
     schedule_of(settings["schedule"])

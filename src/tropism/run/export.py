@@ -110,21 +110,26 @@ def _unwritable(out: Path, error: Exception) -> UserError:
 # ---------------------------------------------------------------------------------------------------- what is exported
 
 
+def found(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The adapter's folder of a run, or an adapter's own, and the settings of config.yaml beside it, {} if there is none."""
+    folder = run / "lora" if (run / "lora").is_dir() else run
+    file = (folder.parent if folder.name == "lora" else run) / "config.yaml"
+    return folder, _mapping(file.read_text("utf-8", "replace")) if file.is_file() else {}
+
+
 def _read(run: Path, model: str | None, options: dict[str, Any]) -> _Adapter:
     """The adapter with the base it is for, checked against that base's shapes; no weight of the base is read."""
-    folder = run / "lora" if (run / "lora").is_dir() else run
-    if not (run / "lora").is_dir() and (run / "weights" / "trained.safetensors").is_file():
+    folder, config = found(run)
+    if folder == run and (run / "weights" / "trained.safetensors").is_file():
         raise UserError(
             f"{run} trained every weight (--full), so it has no adapter to export. Its README.md says how to load its weights."
         )
     layers, settings, _ = lora.read(folder)
-    home = folder.parent if folder.name == "lora" else run
-    file = home / "config.yaml"
-    config = _mapping(file.read_text("utf-8", "replace")) if file.is_file() else {}
     source = _source(model or config.get("model"), folder)
     family, network = _skeleton(source)
     kohya.check_fits(layers, network, folder, source)
     options = options | ({"t5": False} if config.get("t5") is False else {})
+    home = folder.parent if folder.name == "lora" else run
     title, own = home.resolve().name.removesuffix(".safetensors"), dict(cast(Any, network).config)
     return _Adapter(folder, title, layers, settings, source, family, own, options)
 
@@ -190,10 +195,15 @@ def _model(adapter: _Adapter, fused: Path | None = None) -> Latent:
     """The base with the adapter, or what the two were fused to, at a small picture size."""
     settings, source = (None, fused) if fused else (adapter.settings, adapter.source)
     model = cast(Latent, load_model(source, lora=settings, checkpointing=False, **adapter.options))
-    model.shape = (model.shape[0], min(model.shape[1], SIDE), min(model.shape[2], SIDE))
+    shrink(model)
     if not fused:
         lora.load(model, adapter.folder)
     return model
+
+
+def shrink(model: Latent) -> None:
+    """Let it draw pictures that are small enough to judge an adapter quickly."""
+    model.shape = (model.shape[0], min(model.shape[1], SIDE), min(model.shape[2], SIDE))
 
 
 def _pictures(model: Latent) -> Tensor:
@@ -216,6 +226,8 @@ def _fused(adapter: _Adapter, out: Path, strength: float) -> float:
         try:
             index = pipeline.index_of(adapter.source)
             absent = dict.fromkeys(k for k, v in index.items() if isinstance(v, list | tuple) and v[1] is None)
+            if adapter.options.get("t5") is False:
+                absent |= dict.fromkeys(f"{part}{adapter.family.optional}" for part in ("text_encoder", "tokenizer"))
             pipe = cast(Any, kind).from_pretrained(adapter.source, use_safetensors=True, dtype=precision, **absent)
         except (OSError, ValueError, ImportError) as error:
             raise pipeline.unreadable(adapter.source, error) from error
