@@ -9,14 +9,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(BIN)/.made: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e . pytest pytest-timeout hypothesis
+	$(BIN)/python -m pip install -q -c constraints.txt -e . pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 demo: $(BIN)/.made
 	$(BIN)/tropism demo --overwrite
 
 test: $(BIN)/.made
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(BIN)/.made
 	$(BIN)/python -m pip install -q ruff==0.14.0 pyright==1.1.406

@@ -11,6 +11,8 @@ from tiny_families import SIZE, tiny_flux, tiny_sd3
 
 from tropism import cli, commands
 from tropism.core import UserError
+from tropism.models.latent import Latent
+from tropism.run.checks import overrides
 
 REWARDS = (
     "import torch\n"
@@ -200,6 +202,51 @@ def test_a_mixture_knows_its_base(run, flux, tmp_path):
         commands.mix([str(mixed)], out=tmp_path / "no")
 
 
+def test_a_mixture_beside_a_run(run, tmp_path, capsys, monkeypatch):
+    """As RUN/lora it is found like a run's adapter; the command says where it is and how far off it was."""
+    out = tmp_path / "other" / "lora"
+    assert called(monkeypatch, "mix", "--adapter", f"{run.out}=0.5", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert "largest pixel difference 0.0e+00" in said
+    assert commands.export(out.parent, format="kohya", out=tmp_path / "k.safetensors")
+
+
+def test_runs_without_t5_mix_without_it(tmp_path, mine):
+    base, options = tiny_sd3(tmp_path / "sd3"), {"t5": False, "prompts": "animals", **QUICK}
+    commands.align("alignprop", model=str(base), reward=f"{mine}/reward.py:redness", out=tmp_path / "run", **options)
+    mixed = commands.mix([str(tmp_path / "run")], out=tmp_path / "mixed").parent
+    fused = commands.export(mixed, format="fused", out=tmp_path / "fused")
+    assert not (fused / "text_encoder_3").exists()
+
+
+@pytest.mark.parametrize("command", ["align", "doctor"])
+def test_the_text_encoders_are_gone_before_the_first_network_call(tmp_path, mine, monkeypatch, command):
+    seen, original = [], Latent.counted
+
+    def counted(model, *args):
+        seen.append(model.texts._pipe is not None)
+        return original(model, *args)
+
+    monkeypatch.setattr(Latent, "counted", counted)
+    base, reward = str(tiny_sd3(tmp_path / "sd3")), f"{mine}/reward.py:redness"
+    if command == "align":
+        commands.align("alignprop", model=base, reward=reward, prompts="animals", out=tmp_path / "run", **QUICK)
+    else:
+        commands.doctor(model=base, reward=reward, height=SIZE, width=SIZE)
+    assert len(seen) > 10
+    assert not any(seen)
+
+
 def products(adapter):
     tensors = load_file(adapter / "pytorch_lora_weights.safetensors")
     return [(tensors[k], tensors[k.replace("lora_A", "lora_B")]) for k in tensors if "lora_A" in k]
+
+
+def test_values_of_scheduler_keys():
+    texts = ["a=1e-4", "b=3", "c=true", "d=null", "e=trailing", "f=[0.1, 0.2]", "g=-.5"]
+    found = {"a": 1e-4, "b": 3, "c": True, "d": None, "e": "trailing", "f": [0.1, 0.2], "g": -0.5}
+    assert overrides(texts) == found
+    for odd in ("a", "a=", "=3", "a=["):
+        with pytest.raises(UserError, match="not of the form KEY=VALUE"):
+            overrides([odd])

@@ -33,7 +33,11 @@ def test_a_sample_keeps_its_noise_in_any_batch():
     whole = Draw(5, 9, (0, 1, 2, 3))
     assert torch.equal(whole(Stream.PRIOR, 0, (2, 2))[2:], whole[2:](Stream.PRIOR, 0, (2, 2)))
     assert torch.equal(whole(Stream.PRIOR, 0, (2, 2))[[3, 0]], whole[[3, 0]](Stream.PRIOR, 0, (2, 2)))
-    assert torch.equal(whole.many(Stream.PRIOR, 0, (3,), 4)[:, 2], whole(Stream.PRIOR, 0, (3,), k=2))
+    many = whole.many(Stream.PRIOR, 0, (3,), 4)
+    assert torch.equal(many[:, 0], whole(Stream.PRIOR, 0, (3,)))
+    assert torch.equal(many[:, :2], whole.many(Stream.PRIOR, 0, (3,), 2))
+    assert torch.equal(many[2:], whole[2:].many(Stream.PRIOR, 0, (3,), 4))
+    assert len(many.unique()) == many.numel()
     assert torch.equal(whole[torch.tensor([1, 2])](Stream.PRIOR, 0, (3,)), whole[1:3](Stream.PRIOR, 0, (3,)))
 
 

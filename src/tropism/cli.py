@@ -266,7 +266,7 @@ def mix(
     """Mix finished adapters of one base model by weight: their B A products are summed."""
     from tropism import commands
 
-    commands.mix(adapter, out=out, model=model, device=device, dtype=dtype)
+    typer.echo(commands.mix(adapter, out=out, model=model, device=device, dtype=dtype))
 
 
 @app.command()

@@ -96,8 +96,11 @@ class Draw:
         return noise(self.seed, stream, self.update, self.index, step, k, shape)[:, 0]
 
     def many(self, stream: Stream, step: int, shape: Sequence[int], m: int) -> Tensor:
-        """(B, m, *shape) standard normals, candidate k = 0..m-1."""
-        return noise(self.seed, stream, self.update, self.index, step, range(m), shape)
+        """(B, m, *shape) standard normals for m candidates; the first m of more are the same, and the first is the plain draw.
+
+        One generator a sample: candidates follow each other in its stream, which is m times faster than a key for each.
+        """
+        return noise(self.seed, stream, self.update, self.index, step, 0, (m, *shape))[:, 0]
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Draw:
         return Draw(self.seed, self.update, tuple(np.asarray(self.index, dtype=np.int64)[as_index(rows)].tolist()))

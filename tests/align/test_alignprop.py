@@ -60,7 +60,7 @@ def by_hand(model, b, n, drift=0.0, detach=False, loss=lambda r: -r, detach_inpu
         ({"drift": 0.3}, {"drift": 0.3}),
         ({"drift": 2.0, "drift_detach": True}, {"drift": 2.0, "detach": True}),
     ],
-    ids=str,
+    ids=["plain", "hinge", "detach_input", "drift", "drift_detach"],
 )
 def test_an_update_is_what_it_is_defined_to_be(n, options, same):
     """Keyed by seed, update and each sample's global index; penalties averaged over the active steps."""

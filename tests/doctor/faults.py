@@ -220,6 +220,32 @@ def doubled(old):
     return lambda x, t, cond, w: old(x, t, cond, 2 * w)
 
 
+def unkeyed(old):
+    return lambda cond, draw, times: (torch.randn_like(old(cond, draw, times)[0]), 0)
+
+
+def alike(old):
+    return lambda cond, draw, times: (old(cond, draw, times)[0][:1].expand(len(cond), -1, -1, -1).clone(), 0)
+
+
+def input_detached(old):
+    return lambda x, t, cond, w: old(x.detach(), t, cond, w)
+
+
+def half_adapter(model):
+    """The adapters' outputs are right; half of each has lost its gradient to the weights, none to the latents."""
+    for layer in layers(model):
+
+        def hook(module, inputs, out):
+            with torch.no_grad():
+                frozen = module.weight.detach().clone()
+            again = F.linear(inputs[0], frozen)
+            half = out.shape[-1] // 2
+            return torch.cat([again[..., :half], out[..., half:]], -1)
+
+        layer.lora_B["default"].register_forward_hook(hook)
+
+
 def timeless(old):
     return lambda x, t, cond, w: old(x, 500.0, cond, w)
 
@@ -348,6 +374,9 @@ MODELS = {
     "guidance doubled": ("guidance", "fault", wrapped("predict", doubled)),
     "guidance rescaled": ("guidance", "warning", wrapped("predict", rescaled)),
     "batch statistics": ("rows", "fault", wrapped("predict", whitened)),
+    "noise of its own": ("start", "fault", wrapped("start", unkeyed)),
+    "one noise for all": ("start", "fault", wrapped("start", alike)),
+    "adapter half detached": ("chain gradient", "fault", half_adapter),
     "time ignored": ("time", "warning", wrapped("predict", timeless)),
     "first prompt for all": ("rows", "fault", wrapped("predict", first_prompt_for_all)),
     "prompts ignored": ("prompts", "warning", wrapped("encode", deaf)),
@@ -355,7 +384,8 @@ MODELS = {
     "denoiser not finite": ("model runs", "fault", wrapped("predict", divided_by_zero)),
     "denoiser raises": ("model runs", "fault", wrapped("predict", crashing)),
     "denoiser drops out": ("model repeatable", "fault", drops_out),
-    "denoiser half detached": ("chain gradient", "fault", wrapped("predict", first_rows_detached)),
+    "denoiser input detached": ("input gradient", "fault", wrapped("predict", input_detached)),
+    "denoiser half detached": ("input gradient", "fault", wrapped("predict", first_rows_detached)),
     "denoiser under no_grad": ("adapter reached", "fault", wrapped("predict", no_grad)),
     "adapter cut off": ("adapter reached", "fault", cut_off_layer),
     "adapter unused": ("adapter reached", "warning", unused_layer),

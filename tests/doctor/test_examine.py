@@ -85,6 +85,15 @@ def test_a_guard_that_is_satisfied_does_not_stop_a_run():
     assert loud(findings) == [("warning", "reward flat")]
 
 
+def test_a_reward_that_scores_some_prompts_only_is_not_dead():
+    """Its prompts are not among the two that are looked at, but among the run's."""
+    batch = Batch(["a cat", "a truck", "a house", "dogs"])
+    dogs = lambda images, batch: colour(images, batch) * images.new_tensor([float("dog" in p) for p in batch.prompts])
+    assert loud(examine(Painter(), dogs, batch, guidance=3.0)) == [("warning", "reward flat")]
+    far = lambda images, batch: (images.mean((1, 2, 3)) - 0.95).clamp_min(0)
+    assert loud(examine(Painter(), far, BATCH, guidance=3.0)) == [("warning", "reward flat")]
+
+
 def test_a_dead_part_is_named_and_the_living_one_proved():
     findings = examine(Painter(), REWARDS["a dead part of a sum"][2](), BATCH, guidance=3.0)
     (fault,) = [f for f in findings if f.level == "fault"]

@@ -254,6 +254,17 @@ def test_checkpoints_trade_bytes_for_flops(kind):
     assert 0.4 * plain.forward_flops < again <= plain.forward_flops
 
 
+def test_full_weights_train_and_are_saved_for():
+    net = network()
+    frozen, full = (
+        count(net, inputs_of(net, 16, 16, tokens=TOKENS), checkpointing=False, dtype=torch.float32, full=trains)
+        for trains in (False, True)
+    )
+    assert (frozen.trainable, full.trainable) == (0, full.parameters)
+    assert full.saved_bytes > frozen.saved_bytes
+    assert full.backward_flops > frozen.backward_flops
+
+
 def test_costs_grow_with_the_rows():
     net = network()
     one, four = (counted(net, rows=n, checkpointing=True, dtype=torch.bfloat16) for n in (1, 4))

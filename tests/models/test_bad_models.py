@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_families import tiny_sd3
+from tiny_families import BUILDERS, tiny_sd3
 
 from tropism.core import Batch, UserError
 from tropism.models.load import load_model
@@ -117,7 +117,9 @@ def test_a_tokenizer_without_its_vocabulary(mine):
 
 def test_a_folder_labelled_as_another_pipeline(mine):
     changed(mine, "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(UserError, match=r"says it is a StableDiffusionPipeline, but has transformer"):
+    with pytest.raises(
+        UserError, match=r"says it is a StableDiffusionPipeline, but has .*transformer, which .* and has no unet"
+    ):
         load_model(mine)
 
 
@@ -131,6 +133,44 @@ def test_a_part_whose_configuration_is_broken(mine, text, says):
 def test_a_file_that_is_missing(mine):
     next((mine / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match="could not be read"):
+        load_model(mine)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "says"),
+    [
+        ("sd3", "FluxPipeline", "but has text_encoder_3, tokenizer_3, which that pipeline does not take"),
+        ("sd1", "StableDiffusionXLPipeline", "has no text_encoder_2, tokenizer_2"),
+        ("flux", "StableDiffusion3Pipeline", "does not take|has no"),
+    ],
+)
+def test_labels_that_do_not_fit_the_parts(tmp_path, family, name, says):
+    folder = BUILDERS[family](tmp_path / "model")
+    changed(folder, "model_index.json", _class_name=name)
+    with pytest.raises(UserError, match=says):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_part_that_is_null(mine, part):
+    changed(mine, "model_index.json", **{part: [None, None]})
+    with pytest.raises(UserError, match=f"has no {part}"):
+        load_model(mine)
+
+
+def test_an_index_that_names_nothing(mine):
+    for text in ("[1]", "{}"):
+        (mine / "model_index.json").write_text(text)
+        with pytest.raises(UserError, match="names no pipeline class"):
+            load_model(mine)
+
+
+def test_settings_that_are_none(mine):
+    changed(mine, "vae/config.json", scaling_factor=None)
+    with pytest.raises(UserError, match="VAE has no scaling_factor"):
+        load_model(mine)
+    (mine / "scheduler" / "scheduler_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no settings"):
         load_model(mine)
 
 

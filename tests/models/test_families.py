@@ -29,14 +29,15 @@ def pipeline(folder, name):
     return pipe
 
 
-def drawn(pipe, x, guidance, output="latent", negative=None):
+def drawn(pipe, x, guidance, output="latent", negative=None, size=(SIZE, SIZE)):
     """The pipeline's own latents (B, C, h, w) or pictures (B, H, W, 3)."""
     packed = isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline)
     start = pipe._pack_latents(x.clone(), len(x), *x.shape[1:]) if packed else x.clone()
     own = {"negative_prompt": negative} if negative else {}
-    call = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": output, **SIZED, **own}
+    own |= dict(zip(("height", "width"), size, strict=True))
+    call = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": output, **own}
     out = pipe(PROMPTS, latents=start, **call).images
-    return pipe._unpack_latents(out, SIZE, SIZE, 2) if packed and output == "latent" else out
+    return pipe._unpack_latents(out, *size, 2) if packed and output == "latent" else out
 
 
 def noise(model):
@@ -62,6 +63,25 @@ def test_equals_the_pipeline_with_its_own_scheduler(folders, name, guidance):
     torch.testing.assert_close(ours, drawn(pipe, noise(model), guidance), rtol=1e-4, atol=1e-4)
     pictures = torch.from_numpy(drawn(pipe, noise(model), guidance, "np")).permute(0, 3, 1, 2)
     torch.testing.assert_close(model.decode(ours).detach(), pictures, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_portrait_is_the_pipelines(folders, name):
+    model, pipe = load_model(folders[name], height=24, width=SIZE), pipeline(folders[name], name)
+    guidance = 1.0 if name == "schnell" else 4.0
+    theirs = drawn(pipe, noise(model), guidance, size=(24, SIZE))
+    torch.testing.assert_close(chain(model, noise(model), guidance), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_negative_prompt_is_what_the_pipeline_says_it_is(folders, tmp_path):
+    folder = tmp_path / "sdxl"
+    shutil.copytree(folders["sdxl"], folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False}))
+    model, pipe = load_model(folder, **SIZED), pipeline(folder, "sdxl")
+    ours = chain(model, noise(model), 4.0)
+    torch.testing.assert_close(ours, drawn(pipe, noise(model), 4.0), rtol=1e-4, atol=1e-4)
+    assert (ours - chain(load_model(folders["sdxl"], **SIZED), noise(model), 4.0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DISTILLED])
@@ -182,6 +202,23 @@ def test_the_text_encoders_have_the_device_to_themselves(folders, monkeypatch):
     assert moved == [("denoiser", "cpu:0"), ("decoder", "cpu:0")]
 
 
+def test_judging_an_adapter_never_holds_two_denoisers(folders, tmp_path, monkeypatch):
+    model = load_model(folders["sd3"], lora=ADAPTER)
+    lora.save(model, tmp_path)
+    model.device = model._where = torch.device("cpu:0")
+    seen, original = [], type(model).reloaded
+    monkeypatch.setattr(type(model), "reloaded", lambda m, folder: seen.append(str(m._where)) or original(m, folder))
+    assert lora.verify(model, tmp_path, prompts=PROMPTS) == 0
+    assert seen == ["cpu"] and str(model._where) == "cpu:0"
+
+
+def test_what_is_quantised_stays_where_it_is(folders):
+    model = load_model(folders["sd3"])
+    model._where, model.options["quantize"] = torch.device("cpu:0"), "8bit"
+    model.place(torch.device("cpu"))
+    assert str(model._where) == "cpu:0"
+
+
 def test_encoders_stay_where_the_embeddings_would_not_fit(folders, monkeypatch):
     monkeypatch.setattr("tropism.models.text.ROOM", 300_000)
     model = load_model(folders["flux"], **SIZED)
@@ -222,6 +259,9 @@ def test_scheduler_keys_for_few_step_variants(folders):
         ("sdxl", {"beta_start": "foo"}, "beta_start is a number"),
         ("sdxl", {"beta_start": 1.5}, "betas reach from .* must lie between 0 and 1"),
         ("sdxl", {"steps_offset": -1}, "steps_offset is -1"),
+        ("sdxl", {"steps_offset": 5000}, "times do not fall from step to step: 999, 999"),
+        ("sd3", {"stochastic_sampling": True}, "stochastic_sampling"),
+        ("flux", {"base_shift": -100}, "time shift is .* positive and ordinary"),
         ("sdxl", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
         ("sdxl", {"trained_betas": 3}, "trained_betas"),
     ],

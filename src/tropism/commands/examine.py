@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tropism.core import Model, Reward, UserError
 from tropism.doctor import memory
+from tropism.doctor.case import NEGATIVE
 from tropism.doctor.examine import Finding, examine, report_lines
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
@@ -61,11 +62,15 @@ def doctor(
     scored, asked = request.read_reward(reward), request.examples(model, prompts)
     loaded = request.read_model(model, settings, place, precision) if isinstance(model, str) else model
     weight = request.own_guidance(loaded, guidance)
+    encoders = 0
+    if isinstance(loaded, Latent):
+        encoders = memory.text_bytes(loaded)
+        loaded.prepare(asked.prompts, [NEGATIVE, *(asked.negative_prompts or ())])
     findings = examine(loaded, scored, asked, guidance=weight, seed=seed)
     for line in report_lines(findings):
         say(line)
     if isinstance(loaded, Latent) and not any((f.level, f.check) == ("fault", "model runs") for f in findings):
-        for line in memory.lines(loaded, batch=batch, active=loaded.steps, guidance=weight, gpu=gpu):
+        for line in memory.lines(loaded, encoders, batch=batch, active=loaded.steps, guidance=weight, gpu=gpu):
             say(line)
     return findings
 

@@ -66,10 +66,12 @@ def mix(
     """
     parts: dict[str | Path, float] = {}
     bases: dict[str, None] = {}
+    with_t5 = False
     for text in adapters:
         folder, weight = _weighted(text)
         adapter, config = exporting.found(Path(folder))
         parts[adapter] = parts.get(adapter, 0.0) + weight
+        with_t5 = with_t5 or config.get("t5") is not False
         bases |= dict.fromkeys([str(config["model"])] if config.get("model") else [])
     if Path(out).is_file() or (Path(out).exists() and any(Path(out).iterdir())):
         raise UserError(
@@ -83,15 +85,18 @@ def mix(
         )
         raise UserError(f"{what}. Mix adapters of one base, and name it: --model.")
     base, (place, precision) = model or next(iter(bases)), set_up(device, dtype, None)
-    loaded = load_model(base, device=place, dtype=precision)
+    loaded = load_model(base, device=place, dtype=precision, t5=with_t5)
     if not isinstance(loaded, Latent):
         raise UserError(f"{base} is not a diffusers pipeline, and only their adapters can be mixed.")
     mixing.mix(loaded, parts)
     exporting.shrink(loaded)
     file = lora.save(loaded, out)
-    lora.verify(loaded, out)
-    named = {"model": base, "mixture": {str(folder): weight for folder, weight in parts.items()}}
+    difference = lora.verify(loaded, out)
+    named = {"model": base, "t5": with_t5, "mixture": {str(folder): weight for folder, weight in parts.items()}}
     (Path(out) / "config.yaml").write_text(yaml.safe_dump(named, sort_keys=False), "utf-8")
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"Read back into a plain pipeline and compared: largest pixel difference {difference:.1e}."
+    )
     return file
 
 

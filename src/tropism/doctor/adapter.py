@@ -120,7 +120,7 @@ def adapter_reached(case: Case) -> Iterator[Finding]:
         say = note if getattr(case.model, "full", False) else warning  # a network may have weights that it does not use
         yield say(
             f"{which} have no effect on the latents and will never change. Leave them out of --targets, or check that "
-            "`predict` uses them."
+            f"`predict` uses them{' (at guidance 0 the prompt has no effect)' if case.guidance == 0 else ''}."
         )
 
 

@@ -14,6 +14,8 @@ from tropism.align.rollout import Chain, Swept, sweep
 from tropism.core import Batch, Cond, Draw, Model, Reward, Stream, name_of, noise
 from tropism.doctor.slopes import UPDATE, smooth, white
 
+NEGATIVE = "a grey blur"
+"""The negative prompt that the doctor tries; embedded with a run's own texts, so that the text encoders need not be read again."""
 NEW = 0.05
 """Standard deviation that a factor which is zero (B of a fresh LoRA) is stirred with."""
 STIR = 0.1
@@ -54,7 +56,7 @@ class Case:
 
     def __init__(self, model: Model, reward: Reward, batch: Batch, guidance: float, steps: int, seed: int):
         self.model, self.reward, self.guidance, self.seed = model, reward, guidance, seed
-        self.batch = _pair(batch)
+        self.asked, self.batch = batch, _pair(batch)
         self.draw = Draw(seed, UPDATE, self.batch.index)
         with torch.no_grad():
             self.cond: Cond = model.encode(self.batch, self.draw)

@@ -26,6 +26,7 @@ Check = Callable[[Case], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "model runs": (of_model.model_runs, ()),
     "model repeatable": (of_model.model_repeatable, ("model runs",)),
+    "start": (of_model.start, ("model runs",)),
     "clamped pixels": (of_model.clamped_pixels, ("model runs",)),
     "reward runs": (of_reward.reward_runs, ("model runs",)),
     "reward frozen": (of_reward.reward_frozen, ("reward runs",)),
@@ -51,7 +52,8 @@ STIRRED: dict[str, tuple[Check, tuple[str, ...]]] = {
     "base": (adapter.base, ("adapter acts",)),
     "adapter reached": (adapter.adapter_reached, ("adapter acts", "base")),
     "autocast": (adapter.autocast, ("adapter reached",)),
-    "chain gradient": (adapter.chain_gradient, ("adapter reached", "x0 linear")),
+    "input gradient": (of_model.input_gradient, ("adapter reached",)),
+    "chain gradient": (adapter.chain_gradient, ("adapter reached", "x0 linear", "input gradient")),
 }
 """What is examined once every trainable weight has been moved a little."""
 

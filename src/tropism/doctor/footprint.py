@@ -65,15 +65,24 @@ class Footprint:
 
 
 def count(
-    network: nn.Module, inputs: Mapping[str, Any], *, checkpointing: bool, dtype: torch.dtype, method: str = "forward"
+    network: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    method: str = "forward",
+    full: bool = False,
 ) -> Footprint:
     """Count `network.method(**inputs)` and its backward to the first input, the latents, and to the adapter if there is one.
 
     network: any device, left as it is; base weights count as frozen in `dtype`, adapter factors in the dtype they have.
     inputs: tensors of any device by argument name, see `inputs_of`; only their shapes matter. Attention counts as flash.
+    full: all weights train.
     checkpointing: recompute the network's blocks, as diffusers' enable_gradient_checkpointing does; diffusers networks only.
     """
     network = _on_meta(network, dtype)
+    if full:
+        network.requires_grad_(True)
     shaped = lambda t: torch.empty_like(t, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
     inputs = tree_map_only(Tensor, shaped, dict(inputs))
     next(iter(inputs.values())).requires_grad_()

@@ -9,44 +9,42 @@ from typing import Any
 
 import torch
 
-from tropism.core import Batch
 from tropism.doctor.footprint import GPUS, NETWORKS, Footprint, Update, count, fits, inputs_of, peak, room
-from tropism.models.latent import Latent
+from tropism.models.latent import Latent, wide
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Footprints of one row through the denoiser and one picture through the decoder, plain and with block checkpointing.
-
-    text_bytes: the text encoders' weights. They have the device to themselves, but for a quantised denoiser.
-    """
+    """Footprints of one row through the denoiser and one picture through the decoder, plain and with block checkpointing."""
 
     denoiser: dict[bool, Footprint]
     decoder: dict[bool, Footprint]
-    text_bytes: int
+
+
+def text_bytes(model: Latent) -> int:
+    """Bytes of the text encoders' weights; they are read if they are not there, and stay."""
+    encoders = [part for name, part in model.texts.encoders.components.items() if name.startswith("text_encoder")]
+    return sum(p.nbytes for part in encoders if part is not None for p in part.parameters())
 
 
 def parts_of(model: Latent) -> Parts | None:
-    """Counted on the meta device, seconds for the largest networks; None for a network whose inputs are not known.
-
-    The text encoders are read if they are not there, and stay.
-    """
+    """Counted on the meta device, seconds for the largest networks; None for a network whose inputs are not known."""
     if type(model.network).__name__ not in NETWORKS or type(model.vae).__name__ not in NETWORKS:
         return None
     height, width = model.shape[-2:]
-    tokens = next(iter(model.encode(Batch(["a picture"])).positive.values())).shape[1]
+    tokens = next(iter(model.texts.of(None).values())).shape[1]
     denoiser = inputs_of(model.network, height, width, tokens=tokens)
     decoder = inputs_of(model.vae, height, width, tokens=0)
-    counted = lambda network, inputs, method: {
-        blocks: count(network, inputs, checkpointing=blocks, dtype=model.dtype, method=method)
-        for blocks in (False, True)
+    both = lambda network, inputs, **how: {
+        blocks: count(network, inputs, checkpointing=blocks, **how) for blocks in (False, True)
     }
-    steps, decodes = counted(model.network, denoiser, "forward"), counted(model.vae, decoder, "decode")
+    own = wide(model.dtype) if model.full else model.dtype
+    steps = both(model.network, denoiser, dtype=own, full=model.full)
+    decodes = both(model.vae, decoder, dtype=model.vae.dtype, method="decode")
     if model.options.get("quantize"):
-        held = sum(_bytes(p) for p in model.network.parameters())
+        held = sum(_bytes(t) for t in (*model.network.parameters(), *model.network.buffers()))
         steps = {blocks: replace(found, parameter_bytes=held) for blocks, found in steps.items()}
-    encoders = [part for name, part in model.texts.encoders.components.items() if name.startswith("text_encoder")]
-    return Parts(steps, decodes, sum(p.nbytes for part in encoders if part is not None for p in part.parameters()))
+    return Parts(steps, decodes)
 
 
 def _bytes(t: Any) -> int:
@@ -55,9 +53,12 @@ def _bytes(t: Any) -> int:
     return sum(_bytes(getattr(t, name)) for name in inner) or t.nbytes
 
 
-def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Sequence[float] = ()) -> list[str]:
+def lines(
+    model: Latent, encoders: int, *, batch: int, active: int, guidance: float, gpu: Sequence[float] = ()
+) -> list[str]:
     """A few lines of text: what each part takes, and how many samples at a time fit where.
 
+    encoders: the text encoders' bytes, see `text_bytes`; they are alone on the device, but for a quantised denoiser and its decoder.
     active: steps from the first active one to the last. gpu: card sizes in GB, default those that cards are sold by.
     """
     parts = parts_of(model)
@@ -65,7 +66,7 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
         return [f"Memory: {type(model.network).__name__} is not counted, so what fits is not known."]
     factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     pixels = tuple(side * factor for side in model.shape[-2:])
-    weights = parts.denoiser[False].parameter_bytes
+    weights, decoder = parts.denoiser[False].parameter_bytes, parts.decoder[False].parameter_bytes
     one = lambda blocks: Update(
         parts.denoiser[blocks],
         parts.decoder[blocks],
@@ -74,10 +75,10 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
         batch,
         active,
         guided=model.rows(guidance) == 2,
-        text_bytes=parts.text_bytes + (weights if model.options.get("quantize") else 0),  # those cannot step aside
+        text_bytes=encoders + (weights + decoder if model.options.get("quantize") else 0),  # those do not step aside
     )
     most = lambda blocks, bytes_: fits(lambda m: peak(one(blocks), m), bytes_, batch)
-    free = _free(model.device, weights + parts.decoder[False].parameter_bytes + parts.text_bytes)
+    free = _free(model.device, weights + decoder)
     sizes = [(f"this machine ({free / 2**30:.1f} GiB free)", free), *((f"{g:g} GB card", room(g)) for g in gpu or GPUS)]
     told = [
         f"{name}: {most(True, size) or 'nothing'} with, {most(False, size) or 'nothing'} without"
@@ -86,7 +87,7 @@ def lines(model: Latent, *, batch: int, active: int, guidance: float, gpu: Seque
     return [
         f"Memory, predicted, {pixels[0]}x{pixels[1]} pixels, {str(model.dtype).removeprefix('torch.')}: "
         f"weights {_size(weights)} (denoiser), "
-        f"{_size(parts.decoder[False].parameter_bytes)} (VAE); text encoders {_size(parts.text_bytes)}, there alone and freed "
+        f"{_size(decoder)} (VAE); text encoders {_size(encoders)}, there alone and freed "
         "before the first update.",
         f"A picture's peak: denoiser step {_size((2 if one(True).guided else 1) * parts.denoiser[True].peak_bytes)} with "
         f"block checkpointing, {_size((2 if one(False).guided else 1) * parts.denoiser[False].peak_bytes)} without; decode "

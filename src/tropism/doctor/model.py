@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tropism.core import Cond, Stream, noise
-from tropism.doctor.case import Case, Finding, change, fault, finite, note, proof, warning
+from tropism.doctor.case import NEGATIVE, Case, Finding, change, fault, finite, note, proof, warning
 from tropism.doctor.slopes import STEPS, TOLERANCE, UPDATE, directions, judge, precision
 
 MANY, MOST = 0.5, 0.95
@@ -160,6 +160,53 @@ def decoder_gradient(case: Case) -> Iterator[Finding]:
 
 
 @torch.no_grad()
+def start(case: Case) -> Iterator[Finding]:
+    """The chain's start is the same for the same key, and another one for every sample."""
+    times = torch.tensor(case.times, dtype=torch.float64)
+    again, _ = case.model.start(case.cond, case.draw, times)
+    if not torch.equal(case.x, again):
+        yield fault(
+            "Two starts of the same samples differ: a resumed run would be another one, and pictures before and after could not be "
+            "compared. Draw the noise from `draw` in `start`, not from torch's own generator."
+        )
+    elif len(case.x) > 1 and case.x.is_floating_point() and torch.equal(case.x[0], case.x[1]):
+        yield fault(
+            "Every sample starts from the same noise, so a prompt has one picture only. Draw (B, *shape) from `draw` in `start`."
+        )
+
+
+def input_gradient(case: Case) -> Iterator[Finding]:
+    """The gradient of a prediction at the latents is its slope: the chain hands the reward's gradient on through it."""
+    given = case.x[:1].detach()
+    x = given.clone().requires_grad_()
+    out = case.predict(x)
+    gradient = torch.autograd.grad(case.weigh(out).sum(), x, allow_unused=True)[0] if out.requires_grad else None
+    if gradient is None or not gradient.any():
+        yield fault(
+            "The prediction has no gradient back to the latents it is made from, so a step learns nothing of the steps after it. Look for "
+            ".detach() or torch.no_grad on the way of x_t through `predict`."
+        )
+        return
+    dtype = precision(lambda: case.predict(given), given)
+    if dtype not in STEPS:
+        return
+    usual = 0.1 * gradient.norm().item()
+    value = lambda h, d: case.weigh(case.predict(given + h * d).double())
+    claims = [(d, (gradient * d).double().flatten(1).sum(1)) for d in directions(gradient, case.seed)]
+    verdicts = [judge(claim, lambda h, d=d: value(h, d), STEPS[dtype], usual) for d, claim in claims]
+    wrong = max((v for v in verdicts if v.wrong), key=lambda v: v.error, default=None)
+    right = [v.error for v in verdicts if v.right]
+    if wrong:
+        yield fault(
+            f"The gradient of a prediction at its latents is not its slope: autograd says {wrong.claimed:.3g}, finite differences "
+            f"{wrong.measured:.3g} (apart by {wrong.error:.0%}, the limit is {TOLERANCE:.0%}). Look for a .detach() of a part of x_t in "
+            "`predict`, or a custom autograd.Function."
+        )
+    elif right:
+        yield proof(f"gradient of the denoiser at its latents {max(right):.1g}", max(right))
+
+
+@torch.no_grad()
 def x0_linear(case: Case) -> Iterator[Finding]:
     """x_0 and the step that follows are linear in (x_t, out), also for large values, so no clipping eats gradients."""
     model, cond = case.model, case.cond[:1]
@@ -239,7 +286,7 @@ def guidance(case: Case) -> Iterator[Finding]:
 
 def _negative_felt(case: Case, one: Tensor, effect: Tensor) -> float:
     """How far another negative prompt moves the prediction at guidance 1, in units of the guidance's effect."""
-    batch = replace(case.batch[[0]], negative_prompts=["a grey blur"], index=(0,), parent=None)
+    batch = replace(case.batch[[0]], negative_prompts=[NEGATIVE], index=(0,), parent=None)
     try:
         cond = case.model.encode(batch, case.draw[:1])
     except Exception:  # it takes none

@@ -96,7 +96,7 @@ def reward_per_sample(case: Case) -> Iterator[Finding]:
         if (error := _relative(together, elsewhere)) > limit:
             yield warning(
                 f"The score of a picture under reward '{name}' changes by {error:.2g} of itself with its number in the batch "
-                "(batch.index), which stands for no prompt: what belongs to a prompt goes into batch.prompts or batch.metadata."
+                "(batch.index), which stands for no prompt: what belongs to a prompt goes into batch.prompts or batch.meta."
             )
 
 
@@ -133,8 +133,8 @@ def reward_flat(case: Case) -> Iterator[Finding]:
                 continue
             if _slopes_elsewhere(part, case):
                 yield warning(
-                    f"Reward '{name}' has no slope on this model's own pictures, though it has on others, of one colour: it is "
-                    "sparse, and may teach nothing until a sample comes near. Widen or soften it."
+                    f"Reward '{name}' has no slope on this model's own pictures of two prompts, though it has for others, or on pictures "
+                    "of one colour: it is sparse, and may teach nothing until a sample comes near. Widen or soften it."
                 )
                 continue
             why = "the same for all four" if same else "different, so it rounds or compares"
@@ -150,14 +150,21 @@ def reward_flat(case: Case) -> Iterator[Finding]:
 
 
 def _slopes_elsewhere(part: Reward, case: Case) -> bool:
-    """Whether any of 27 pictures of one colour (with a little grain) has a gradient that is finite and not zero."""
-    shape = case.drawn[2].shape[1:]
-    for red in (0.1, 0.5, 0.9):
-        colours = torch.tensor([[red, green, blue] for green in (0.1, 0.5, 0.9) for blue in (0.1, 0.5, 0.9)])
-        flat = colours.to(case.drawn[2])[:, :, None, None].expand(-1, *shape)
-        gradient = _gradient(part, flat + 0.02 * white(flat, case.seed, 5), case.batch[[0] * len(colours)])
-        if gradient is not None and bool((torch.isfinite(gradient) & (gradient != 0)).any()):
-            return True
+    """Whether any of the model's pictures under the run's other prompts (27 of them), or of 27 pictures of one colour with a little
+    grain, black to white, has a gradient that is finite and not zero."""
+    levels, shape, asked = (0.02, 0.5, 0.98), case.drawn[2].shape[1:], len(case.asked)
+    colours = torch.tensor([[red, green, blue] for red in levels for green in levels for blue in levels])
+    flat = colours.to(case.drawn[2])[:, :, None, None].expand(-1, *shape)
+    flat = flat + 0.02 * white(flat, case.seed, 5)
+    own = case.pictures[0][[0] * len(flat)]
+    for pictures, prompts in ((own, [i % asked for i in range(27)]), (flat, [i % asked for i in range(27)])):
+        for at in range(0, 27, 9):
+            rows = slice(at, at + 9)
+            gradient = _gradient(
+                part, pictures[rows], replace(case.asked[prompts[rows]], index=tuple(range(9)), parent=None)
+            )
+            if gradient is not None and bool((torch.isfinite(gradient) & (gradient != 0)).any()):
+                return True
     return False
 
 

@@ -186,13 +186,12 @@ class Latent:
         there = pipeline.components(source, index)
         if Path(source).is_dir():
             pipeline.check_folder(Path(source), [p for p, is_there in there.items() if is_there])
-        left = (f"text_encoder{cls.optional}", f"tokenizer{cls.optional}") if not options.get("t5", True) else ()
+        optional = (f"text_encoder{cls.optional}", f"tokenizer{cls.optional}") if cls.optional else ()
+        left = optional if not options.get("t5", True) else ()
         of_text = lambda part: part.startswith(("text_encoder", "tokenizer"))
         parts = [p for p, is_there in there.items() if is_there and of_text(p) == texts and p not in left]
-        with pipeline.quiet():  # importing it warns of image processors that are never used
-            import diffusers
-
-            kind = getattr(diffusers, name)
+        kind = pipeline.class_of(name)
+        pipeline.check_parts(source, kind, there, optional)
         return pipeline.read_pipeline(
             kind,
             source,

@@ -63,9 +63,14 @@ def index_of(source: str | Path) -> dict[str, Any]:
         with quiet():
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-            return cast(dict, DiffusionPipeline.load_config(str(source)))
+            found = DiffusionPipeline.load_config(str(source))
     except (OSError, ValueError) as error:
         raise unreadable(source, error, "model_index.json") from error
+    if not isinstance(found, dict) or "_class_name" not in found:
+        raise UserError(
+            f"model_index.json of {source} names no pipeline class. Save the pipeline again, or copy it again."
+        )
+    return found
 
 
 def unreadable(source: str | Path, error: Exception, wanted: str = "") -> UserError:
@@ -89,7 +94,7 @@ def unreadable(source: str | Path, error: Exception, wanted: str = "") -> UserEr
             f"{what} could not be fetched: the hub cannot be reached and it is not in the cache. Go online once "
             "(hf download ID), or name a folder that pipe.save_pretrained(folder) wrote."
         )
-    known = isinstance(error, OSError | ValueError) and lines
+    known = isinstance(error, OSError | ValueError | NotImplementedError) and lines
     said = lines[0] if known else f"{type(error).__name__}: {lines[0] if lines else 'without a word'}."
     return UserError(
         f"The model {str(source)!r} could not be read: {said} It must be a diffusers "
@@ -119,6 +124,32 @@ def components(source: str | Path, index: Mapping[str, Any]) -> dict[str, bool]:
     return {k: name is not None and k not in NEVER for k, (_, name) in found.items()}
 
 
+def class_of(name: str) -> Any:
+    """A class of diffusers; importing it warns of image processors that are never used."""
+    with quiet():
+        import diffusers
+
+        return getattr(diffusers, name)
+
+
+def check_parts(source: str | Path, kind: Any, there: Mapping[str, bool], optional: Sequence[str]) -> None:
+    """Raises UserError for a pipeline whose parts are not those that its class takes: mislabelled, or saved without one.
+
+    there: {part: whether it is there}. optional: parts that may be null beside NEVER.
+    """
+    taken = {n: p for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self"}
+    foreign = [part for part, is_there in there.items() if is_there and part not in taken]
+    needed = [n for n, p in taken.items() if p.default is p.empty and n not in NEVER]
+    missing = [part for part in needed if not there.get(part) and not (part in optional and part in there)]
+    if foreign or missing:
+        odd = [f"has {', '.join(foreign)}, which that pipeline does not take"] if foreign else []
+        odd += [f"has no {', '.join(missing)}"] if missing else []
+        raise UserError(
+            f"{source} says it is a {kind.__name__}, but {', and '.join(odd)}. Correct _class_name in its "
+            "model_index.json, or save the whole pipeline again."
+        )
+
+
 def check_folder(folder: Path, parts: Sequence[str]) -> None:
     """Raises UserError for a part without its folder, and for weights that are only there as a pickle."""
     for part in parts:
@@ -136,6 +167,8 @@ def check_folder(folder: Path, parts: Sequence[str]) -> None:
                 f"{folder / part} has no vocabulary ({', '.join(VOCABULARIES)}), so no prompt can be read. Save the whole "
                 "pipeline again."
             )
+        if part == "scheduler":
+            _config(folder / part / "scheduler_config.json")
         if "auto_map" in _config(folder / part / "config.json"):
             raise own_code(folder)
 
@@ -172,15 +205,8 @@ def read_pipeline(
     """
     if Path(source).is_dir():
         check_folder(Path(source), parts)
-    taken = inspect.signature(kind.__init__).parameters
-    foreign = [part for part in parts if part not in taken]
-    if foreign:
-        raise UserError(
-            f"{source} says it is a {kind.__name__}, but has {', '.join(foreign)}, which that pipeline does not take. Correct "
-            "_class_name in its model_index.json."
-        )
     own: dict[str, Any] = dict.fromkeys(without)
-    if "requires_safety_checker" in taken:
+    if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
         own |= {"safety_checker": None, "requires_safety_checker": False}
     if quantize:
         own["quantization_config"] = _quantisation(*quantize, device, dtype)
@@ -195,6 +221,8 @@ def read_pipeline(
         network = getattr(pipe, part)
         if isinstance(network, nn.Module):
             _check_complete(network, part, source)
+            if part == "vae" and not cast(Any, network).config.scaling_factor:
+                raise UserError(f"{source}: the VAE has no scaling_factor. Correct vae/config.json.")
             network.requires_grad_(False).eval()
             if not (quantize and part == quantize[1]):
                 nn.Module.to(network, device, dtype)  # diffusers' own `to` warns without a cause

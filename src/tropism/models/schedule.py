@@ -14,6 +14,7 @@ from torch import Tensor
 from tropism.core import UserError
 from tropism.process.gaussian import PREDICTIONS, SPACINGS, VP, Flow
 
+TABLES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 CORRECT = "Correct it in scheduler/scheduler_config.json, or by --scheduler KEY=VALUE."
 
 
@@ -146,13 +147,11 @@ def flow(config: Mapping[str, Any], eta: float = 0.0, patch: int = 2) -> Flow:
             f"The scheduler is {config.get('_class_name')}; this family's chain is flow matching by plain Euler steps. Put a "
             "FlowMatchEulerDiscreteScheduler into the folder's scheduler/."
         )
-    odd = [
-        k for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas") if config.get(k)
-    ]
+    odd = [k for k in (*TABLES, "invert_sigmas", "stochastic_sampling") if config.get(k)]
     if odd:
         raise UserError(
-            f"The scheduler has {', '.join(odd)}, a spacing of times without a formula here. To go on with plain shifted "
-            f"times: {' '.join(f'--scheduler {k}=false' for k in odd)}."
+            f"The scheduler has {', '.join(odd)}, a spacing of times or a sampler without a formula here. To go on with plain "
+            f"Euler steps on shifted times: {' '.join(f'--scheduler {k}=false' for k in odd)}."
         )
     number = partial(_number, config)
     low_high = number("base_shift", 0.5), number("max_shift", 1.15)

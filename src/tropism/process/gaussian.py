@@ -20,6 +20,21 @@ SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
+def falling(times: Tensor) -> Tensor:
+    """The times themselves, TERMINAL last. Raises UserError where they are not finite, or do not fall from the first to the last."""
+    if (
+        bool(torch.isfinite(times).all())
+        and bool((times[1:-1] <= times[:-2]).all())
+        and (len(times) < 3 or times[-2] < times[0])
+    ):
+        return times
+    shown = ", ".join(f"{t:.4g}" for t in times[:4].tolist())
+    raise UserError(
+        f"The schedule's times do not fall from step to step: {shown}... Correct the scheduler's shifts and offsets "
+        "(scheduler/scheduler_config.json, --scheduler KEY=VALUE), or take fewer steps."
+    )
+
+
 def _wide(values: float | Tensor, like: Tensor) -> float | Tensor:
     """(B,) -> (B, 1, ...) with like's dtype and device; a number stays one."""
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1)) if isinstance(values, Tensor) else values
@@ -57,7 +72,7 @@ class VP:
         n = len(self.alpha_bars)
         if not 1 <= steps <= n:
             raise UserError(
-                f"steps is {steps}; this model has times 0..{n - 1}, so steps must lie in 1..{n}. Try --steps 50."
+                f"steps is {steps}; this model has times 0..{n - 1}, so steps must lie in 1..{n}. Try --steps {min(50, n)}."
             )
         if self.spacing == "leading":
             grid = torch.arange(steps).flip(0) * (n // steps) + self.offset
@@ -65,7 +80,7 @@ class VP:
             grid = torch.tensor([round(n - i * n / steps) - 1 for i in range(steps)])
         else:
             grid = torch.linspace(0, n - 1, steps, dtype=torch.float64).round().flip(0)
-        return torch.cat([grid.double().clamp(0, n - 1), torch.tensor([TERMINAL], dtype=torch.float64)])
+        return falling(torch.cat([grid.double().clamp(0, n - 1), torch.tensor([TERMINAL], dtype=torch.float64)]))
 
     def alpha_bar(self, t: float | Tensor) -> float | Tensor:
         """abar at a time or at (B,) times; float or (B,) float64."""
@@ -182,7 +197,7 @@ class Flow:
             tokens = (shape[-2] // self.patch) * (shape[-1] // self.patch)
             mu = low + (high - low) * (tokens - fewest) / (most - fewest)
             shift = math.exp(min(mu, 700)) if self.shift_type == "exponential" else mu
-            if not 0 < shift < 1e6:
+            if not 1e-6 < shift < 1e6:
                 raise UserError(
                     f"The time shift is {shift:g} for {tokens} tokens; it must be positive and ordinary. Correct base_shift and max_shift "
                     "(--scheduler base_shift=0.5), or take another picture size."
@@ -193,7 +208,7 @@ class Flow:
         """(steps + 1,) float64 on the CPU: times in (0, 1], downwards, then TERMINAL. shape: the latents', (..., h, w)."""
         if not 1 <= steps <= self.n:
             raise UserError(
-                f"steps is {steps}; this model was trained on {self.n} times, so it must lie in 1..{self.n}. Try --steps 28."
+                f"steps is {steps}; this model was trained on {self.n} times, so it must lie in 1..{self.n}. Try --steps {min(28, self.n)}."
             )
         if self.table == "even":
             t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
@@ -204,7 +219,7 @@ class Flow:
         t = self._shifted(t, shape)
         if self.terminal and t[-1] < 1:
             t = 1 - (1 - t) * (1 - self.terminal) / (1 - t[-1])
-        return torch.cat([t, torch.tensor([TERMINAL], dtype=torch.float64)])
+        return falling(torch.cat([t, torch.tensor([TERMINAL], dtype=torch.float64)]))
 
     def alpha(self, t: float | Tensor) -> float | Tensor:
         return 1 - self.sigma(t)

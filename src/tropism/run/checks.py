@@ -58,7 +58,7 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = _plain(value)
         except yaml.YAMLError:
             value = ""
         if not (key and equals and value):
@@ -66,6 +66,16 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
                 f"--scheduler {text!r} is not of the form KEY=VALUE. Try --scheduler timestep_spacing=trailing."
             )
     return found
+
+
+def _plain(text: str) -> Any:
+    """A number, or what YAML makes of the text; YAML takes 1e-4 for a word."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return yaml.safe_load(text)
 
 
 def at_least_one(**numbers: int | None) -> None:

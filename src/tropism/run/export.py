@@ -113,8 +113,9 @@ def _unwritable(out: Path, error: Exception) -> UserError:
 def found(run: Path) -> tuple[Path, dict[str, Any]]:
     """The adapter's folder of a run, or an adapter's own, and the settings of config.yaml beside it, {} if there is none."""
     folder = run / "lora" if (run / "lora").is_dir() else run
-    file = (folder.parent if folder.name == "lora" else run) / "config.yaml"
-    return folder, _mapping(file.read_text("utf-8", "replace")) if file.is_file() else {}
+    places = [folder / "config.yaml", *([folder.parent / "config.yaml"] if folder.name == "lora" else [])]
+    file = next((p for p in places if p.is_file()), None)
+    return folder, _mapping(file.read_text("utf-8", "replace")) if file else {}
 
 
 def _read(run: Path, model: str | None, options: dict[str, Any]) -> _Adapter:

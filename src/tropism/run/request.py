@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tropism.core import Batch, Model, Reward, name_of
+from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
@@ -45,13 +46,15 @@ class Request:
         return batch_of(self.train, self.settings["batch"], self.settings["seed"], update)
 
     def embed(self) -> None:
-        """Embed the prompts that the run will ask for and free the text encoders, where the model can."""
+        """Embed the prompts that the run and its doctor will ask for and free the text encoders, where the model can."""
         prepare, updates = getattr(self.model, "prepare", None), self.settings["updates"]
         if prepare is None:
             return
         few = updates * self.settings["batch"] < len(self.train)
         batches = [as_batch(self.held), *([self.batch(u) for u in range(updates)] if few else [as_batch(self.train)])]
-        prepare([t for b in batches for t in b.prompts], [t for b in batches for t in b.negative_prompts or ()])
+        prepare(
+            [t for b in batches for t in b.prompts], [NEGATIVE, *(t for b in batches for t in b.negative_prompts or ())]
+        )
 
     def sampling(self) -> tuple[int, float]:
         """Steps and guidance of the evaluation: those asked for, else those of training."""
