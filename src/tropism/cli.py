@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 align_app = typer.Typer(no_args_is_help=True, help="Change a model's weights so that its samples score higher.")
 app.add_typer(align_app, name="align")
+guide_app = typer.Typer(no_args_is_help=True, help="Draw samples that score higher, without changing a weight.")
+app.add_typer(guide_app, name="guide")
 
 HELP = {
     "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class (made without arguments: rank, eta, dtype are its own).",
@@ -71,6 +73,7 @@ HELP = {
     "doctor": "Prove first that the gradient arrives (seconds).",
     "gpu": "Card sizes in GB to fit into, repeatable.",
     "guidance": "Guidance (default: the model's own).",
+    "x0": "What a noisy state is judged by: auto, mean, argmax, sample or soft.",
     "steps": "Denoising steps (default: the model's own).",
     "truncation": "Which steps carry a gradient: K (the last K), full, suffix-uniform, suffix-gaussian, bernoulli, bernoulli-released.",
     "detach_input": "DRTune's stop-gradient on the network's input.",
@@ -119,7 +122,9 @@ def _flags(function: Callable, skip: tuple[str, ...]) -> list[inspect.Parameter]
                 name,
                 kind,
                 str(default) if kind is str and isinstance(default, int) else default,
-                HELP.get(name) or documented.get(name, ""),
+                (documented.get(name) or HELP.get(name, ""))
+                if skip != HIDDEN
+                else HELP.get(name) or documented.get(name, ""),
             )
         )
     return found
@@ -150,18 +155,13 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
-def _align_command(method: str) -> Callable:
-    from tropism import commands
-    from tropism.run.request import BOUND
-
-    common = _flags(commands.align, HIDDEN)
-    own = _flags(commands.METHODS[method], BOUND)
+def _method_command(command: Callable, method: str, function: Callable, bound: tuple[str, ...]) -> Callable:
+    """`align METHOD` or `guide METHOD`: the command's own flags, then the method's."""
+    common, own = _flags(command, HIDDEN), _flags(function, bound)
 
     def run(config: Path | None = None, **values: Any) -> None:
         given = {p.name: _number(values.pop(p.name)) for p in own}
-        commands.align(
-            method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values
-        )
+        command(method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values)
 
     own_defaults = [p.replace(default=None, annotation=_optional(p.annotation)) for p in own]
     config = inspect.Parameter(
@@ -176,7 +176,7 @@ def _align_command(method: str) -> Callable:
         ],
     )
     run.__signature__ = inspect.Signature([config, *common, *own_defaults])  # type: ignore[attr-defined]
-    run.__doc__ = (commands.METHODS[method].__doc__ or method).splitlines()[0]
+    run.__doc__ = (function.__doc__ or method).splitlines()[0]
     return run
 
 
@@ -199,9 +199,16 @@ def _register(name: str) -> None:
     app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
     if name == "align":
         from tropism import commands
+        from tropism.run.request import BOUND
 
         for method in commands.METHODS:
-            align_app.command(method)(_align_command(method))
+            align_app.command(method)(_method_command(commands.align, method, commands.METHODS[method], BOUND))
+    if name == "guide":
+        from tropism import commands
+        from tropism.commands.guide import BOUND as OF_GUIDE
+
+        for method, function in commands.GUIDES.items():
+            guide_app.command(method)(_method_command(commands.guide, method, function, OF_GUIDE))
 
 
 def _doctor() -> None:

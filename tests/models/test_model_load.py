@@ -52,8 +52,9 @@ def test_a_hub_id_that_cannot_be_read(monkeypatch):
 
 def test_ones_own_class(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    assert type(load.load_model(f"{tmp_path}/own.py:Whole")).__name__ == "Whole"
-    with pytest.raises(UserError, match="lacks process, dtype, device, encode, start, x0"):
+    whole = load.load_model(f"{tmp_path}/own.py:Whole")
+    assert type(whole._model).__name__ == "Whole"
+    with pytest.raises(UserError, match="lacks process, x0, decode, shape"):
         load.load_model(f"{tmp_path}/own.py:Part")
     with pytest.raises(UserError, match=r"without arguments.*size"):
         load.load_model(f"{tmp_path}/own.py:Needy")

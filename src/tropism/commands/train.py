@@ -112,7 +112,9 @@ def align(
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked, remarks)
-    config = _plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper})
+    config = request.as_plain(
+        {**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper}
+    )
     with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
         for text in remarks:
             recorder.say(text)
@@ -173,15 +175,6 @@ def _bound(function: Callable, asked: Request):
     return lambda batch, *, state, update, seed, micro_batch: function(
         asked.model, asked.reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **asked.hyper
     )
-
-
-def _plain(value: Any) -> Any:
-    """Settings as plain YAML values."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def demo(

@@ -34,8 +34,9 @@ def best_of_n(
 ) -> Guided:
     """n samples of each prompt, each the best of m of its own.
 
-    alpha: above 0, one of the m with probability proportional to exp(r / alpha) (soft best-of-n). pooled: the best n of all n m
-    of a prompt, as the paper of SVDD has it. Cost: steps m rows and m rewards a sample. Raises UserError for counts below 1.
+    m: samples drawn for each that is kept. alpha: above 0, one of the m is kept with probability proportional to exp(r / alpha), soft
+    best-of-n. pooled: the best n of all n m of a prompt, as the paper of SVDD has it.
+    Cost: steps m rows and m rewards a sample. Raises UserError for counts below 1.
     """
     check_counts(m=m)
     check_alpha(alpha)

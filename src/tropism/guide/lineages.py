@@ -16,7 +16,7 @@ from torch import Tensor
 from tropism.core import Batch, Cond, Draw, Model, Reward, Stream, UserError, uniform
 
 APART = 65536
-"""Lineage j of prompt i has the sample index i * APART + j."""
+"""Lineage j of the prompt with the index i has the sample index i * APART + j."""
 
 
 class Value(Protocol):
@@ -165,7 +165,7 @@ def setting(
             f"n is {n}; at most {APART} samples of one prompt are drawn in a run. Draw several with other seeds."
         )
     rows = torch.arange(len(batch)).repeat_interleave(n).tolist()
-    index = tuple(i * APART + j for i in range(len(batch)) for j in range(n))
+    index = tuple(i * APART + j for i in batch.index for j in range(n))
     whole = replace(batch[rows], index=index, rows=(), parent=None)
     draw = Draw(seed, 0, index)
     with torch.no_grad():

@@ -64,7 +64,8 @@ def nested(
 ) -> Guided:
     """n samples of each prompt from the law tilted by exp(r / alpha): n lineages with m children a step, weighted and resampled.
 
-    scheme, threshold: resample when the effective sample size falls below that share of n; the last step always is.
+    m: children a step. alpha: temperature in units of the reward. scheme: multinomial, stratified, systematic, residual or ssp.
+    threshold: resample when the effective sample size falls below that share of n; the last step always is.
     Consistent as n grows, for any m. Cost as `svdd` with its start chosen. Raises UserError as it does, and for alpha 0.
     """
     check_counts(m=m)

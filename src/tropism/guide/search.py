@@ -49,7 +49,8 @@ def blockwise(
 ) -> Guided:
     """n samples of each prompt: m copies of every lineage run `block` steps on their own, then one of them is chosen (CoDe).
 
-    block 1 is SVDD without the choice of a start, block = steps is best-of-n. Cost: as SVDD's rows, rewards block times fewer.
+    m: copies of a lineage. block: steps between choices. alpha: temperature in units of the reward, 0 takes the best copy.
+    Block 1 is SVDD without the choice of a start, block = steps is best-of-n. Cost: as SVDD's rows, rewards block times fewer.
     Raises UserError for counts below 1 and a negative alpha.
     """
     check_counts(m=m, block=block)
@@ -97,6 +98,7 @@ def refine(
 ) -> Guided:
     """n samples of each prompt by SVDD, then `loops` times noised back to the share `back` of the chain and decoded again.
 
+    m: children a step. alpha: temperature, 0 takes the best child. loops: how often. back: share of the chain to noise back to.
     A loop's result is kept where its reward is not lower, so that rewards never fall. Cost: SVDD's times (1 + loops back).
     Raises UserError for counts below 1, a negative alpha, and a share outside (0, 1].
     """

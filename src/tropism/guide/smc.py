@@ -108,9 +108,11 @@ def smc(
 ) -> Guided:
     """n samples of each prompt, the prompt's particles, from the law tilted by exp(r / alpha); consistent as n grows.
 
-    potential: diff, max, add or now. gamma: tempering, the reward counts by (1 + gamma)^i - 1 after i steps; 0 is off.
-    scheme, threshold: resample when the effective sample size falls below that share of n (1: always), looked at every so many steps
-    and always at the end. Cost: steps rows and steps + 1 rewards a sample. Raises UserError for alpha 0 and unknown names.
+    alpha: temperature in units of the reward. potential: diff, max, add or now. gamma: tempering, the reward counts by (1 + gamma)^i - 1
+    after i steps; 0 is off.
+    scheme: multinomial, stratified, systematic, residual or ssp. threshold: resample when the effective sample size falls below that
+    share of n (1: always). every: looked at every so many steps, and always at the end. Cost: steps rows and steps + 1 rewards a sample.
+    Raises UserError for alpha 0 and unknown names.
     """
     check_alpha(alpha, positive=True)
     if potential not in POTENTIALS:

@@ -68,7 +68,8 @@ def svdd(
 ) -> Guided:
     """n samples of each prompt by soft value-based decoding with m children a step.
 
-    alpha: temperature in units of the reward, 0 takes the best child. select_start: choose among m draws of x_T too (the
+    m: children a step. alpha: temperature in units of the reward, 0 takes the best child. select_start: choose among m draws of x_T too
+    (the
     target needs it, the paper's code does not do it). refresh: share of each prompt's lineages, the worst, that are replaced after
     every step by draws of all with probability proportional to exp(v / alpha) (the paper's SVDD-R; it uses .03 to .05).
     Cost, where no two states are equal: rows 1 + (steps - 1) m a sample, m more with select_start less the 1; rewards as many plus m.

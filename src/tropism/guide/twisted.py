@@ -56,8 +56,9 @@ def twisted(
 ) -> Guided:
     """n samples of each prompt, the prompt's particles, from the law tilted by exp(r / alpha); consistent as n grows.
 
-    gamma: tempering as in `smc` (DAS uses .008 for 100 steps), which keeps early, unsure values from deciding. scheme, threshold: as
-    in `smc`. Cost: steps rows forward and backward, steps + 1 rewards a sample. Raises UserError for alpha 0 and rewards without
+    alpha: temperature in units of the reward. gamma: tempering as in smc (DAS uses .008 for 100 steps), which keeps early and unsure
+    values from deciding. scheme: multinomial, stratified, systematic, residual or ssp. threshold: as in smc. Cost: steps rows forward
+    and backward, steps + 1 rewards a sample. Raises UserError for alpha 0 and rewards without
     a gradient.
     """
     check_alpha(alpha, positive=True)

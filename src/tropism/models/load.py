@@ -12,27 +12,13 @@ from typing import Any, cast
 
 from tropism import models, plugin
 from tropism.core import Model, UserError
-from tropism.models import pipeline
+from tropism.models import own, pipeline
 from tropism.models.latent import Latent
 from tropism.worlds import weights
 
 BUNDLED = {"shapes": "shapes/model"}
 OWN = {"shapes": {"steps": 8, "guidance": 2.0}}
 """Steps and guidance of the bundled models, which their families' would not suit."""
-_NEEDED = (
-    "process",
-    "dtype",
-    "device",
-    "encode",
-    "start",
-    "predict",
-    "x0",
-    "decode",
-    "latents",
-    "kernel",
-    "base",
-    "trainable",
-)
 
 
 def _own(spec: str, options: Mapping[str, Any]) -> Model:
@@ -43,10 +29,12 @@ def _own(spec: str, options: Mapping[str, Any]) -> Model:
         model = made() if isinstance(made, type) else made
     except TypeError as error:
         raise UserError(f"{spec} cannot be made without arguments ({error}). Give its arguments defaults.") from error
-    missing = [name for name in _NEEDED if not hasattr(model, name)]
+    missing = [name for name in own.NEEDED if not hasattr(model, name)]
+    if not hasattr(model, "encode") and not hasattr(model, "shape"):
+        missing.append("shape (of one sample's latent state)")
     if missing:
         raise UserError(f"{spec} is not a model yet: it lacks {', '.join(missing)}. See tropism.core.Model.")
-    return model
+    return cast(Model, own.Completed(model))
 
 
 def _unknown(source: str) -> UserError:

@@ -18,7 +18,7 @@ from tropism.prompts.sets import DATASET, bundled, nearest, read_dataset
 from tropism.prompts.wildcards import expand
 from tropism.worlds import shapes
 
-__all__ = ["Prompt", "as_batch", "batch_of", "own_rows", "read_prompts", "split", "train_and_held_out"]
+__all__ = ["Prompt", "as_batch", "batch_of", "listed", "own_rows", "read_prompts", "split", "train_and_held_out"]
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -127,13 +127,14 @@ def train_and_held_out(
             )
         train, held = ([Prompt(s.prompt) for s in shapes.scenes(side)] for side in (False, True))
     else:
-        train, held = split(_listed(prompts))
+        train, held = split(listed(prompts))
     if held_out is not None:
-        train, held = _listed(prompts) if prompts is not None else train, _listed(held_out)
+        train, held = listed(prompts) if prompts is not None else train, listed(held_out)
     return train, held
 
 
-def _listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
+def listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:
+    """The prompts of a source, or of a list of texts as they are."""
     if isinstance(prompts, str | Path):
         return read_prompts(prompts)
     if not prompts:

@@ -11,16 +11,17 @@ from rich.console import Console
 
 
 class Progress:
-    """Shows reward, held-out reward, gradient norm, seconds an update and the time left. `done` updates are behind us."""
+    """Shows reward, held-out reward, gradient norm, seconds an update and the time left. `done` updates are behind us; word: what they
+    are."""
 
-    def __init__(self, console: Console, updates: int, done: int = 0):
-        self.console, self.updates, self.first = console, updates, done
+    def __init__(self, console: Console, updates: int, done: int = 0, word: str = "update"):
+        self.console, self.updates, self.first, self.word = console, updates, done, word
         self.every = max(1, updates // 20)
         self.held_out: float | None = None
         self.began, self.bar = time.monotonic(), None
         if console.is_terminal:
             self.bar = bars.Progress(
-                bars.TextColumn("update"),
+                bars.TextColumn(word),
                 bars.MofNCompleteColumn(),
                 bars.BarColumn(bar_width=24),
                 bars.TextColumn("{task.description}", markup=False),
@@ -36,7 +37,9 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=update, description=text)
         elif update % self.every == 0 or update in (self.first + 1, self.updates):
-            self.console.print(f"update {update}/{self.updates}  {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self.word} {update}/{self.updates}  {text}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """ "reward 0.312  held-out 0.300  gradient 0.021  1.23 s/update  0:03:50 left", as far as it is known."""
@@ -47,7 +50,7 @@ class Progress:
         words = [f"{k} {v:.4g}" for k, v in known.items() if v is not None]
         if done > 0:
             each = (time.monotonic() - self.began) / done
-            words += [f"{each:.2f} s/update", f"{clock(each * (self.updates - row['update']))} left"]
+            words += [f"{each:.2f} s/{self.word}", f"{clock(each * (self.updates - row['update']))} left"]
         return "  ".join(words)
 
     def stop(self) -> None:

@@ -43,6 +43,11 @@ PRODUCTS = (
     "logs",
     "samples",
     "weights",
+    "pictures",
+    "samples.csv",
+    "guided.png",
+    "plain_guided.png",
+    "quantiles.png",
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -105,7 +110,7 @@ class Recorder:
         _write(self.out / "env.json", json.dumps(self.environment, indent=1) + "\n")
 
     @contextmanager
-    def showing(self, update: int, updates: int, remarks: Sequence[str] = ()) -> Iterator[None]:
+    def showing(self, update: int, updates: int, remarks: Sequence[str] = (), word: str = "update") -> Iterator[None]:
         """Cut the metrics back to `update` (-1: all), say what there is to say; inside, show progress towards
         `updates`. A resumed run's settings replace the old ones here, once everything else has accepted them.
         """
@@ -117,7 +122,7 @@ class Recorder:
         cut_back(self.metrics, update)
         for remark in (*self.remarks, *remarks):
             self.say(remark)
-        self.progress = Progress(self.console, updates, max(update, 0))
+        self.progress = Progress(self.console, updates, max(update, 0), word)
         try:
             yield
         finally:

@@ -107,7 +107,8 @@ def spread(n: int, most: int) -> list[int]:
     return list(range(n)) if n <= most else [i * n // most for i in range(most)]
 
 
-def _uri(image: Image.Image | Path) -> str:
+def uri(image: Image.Image | Path) -> str:
+    """A picture as a data address."""
     if isinstance(image, Path):
         raw = image.read_bytes()
     else:
@@ -117,9 +118,9 @@ def _uri(image: Image.Image | Path) -> str:
     return "data:image/png;base64," + base64.b64encode(raw).decode()
 
 
-def _small(image: Tensor) -> str:
+def small(image: Tensor) -> str:
     """A picture for the page: small ones as they are (the page enlarges them crisply), large ones reduced."""
-    return _uri(pictures.picture(image, max(1, min(256, max(image.shape[1:])))))
+    return uri(pictures.picture(image, max(1, min(256, max(image.shape[1:])))))
 
 
 # ---------------------------------------------------------------------------------------------------- page
@@ -134,8 +135,8 @@ def write(out: Path | str, run: Finished) -> Path:
     return page
 
 
-def html(out: Path, run: Finished) -> str:
-    """The page as text. It holds no script, loads nothing, and its policy forbids both."""
+def environment_of() -> jinja2.Environment:
+    """Templates of this folder, everything escaped, every name required."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -144,16 +145,25 @@ def html(out: Path, run: Finished) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["number"] = number
+    return environment
+
+
+def html(out: Path, run: Finished) -> str:
+    """The page as text. It holds no script, loads nothing, and its policy forbids both."""
     curve = out / "reward.png"
-    return environment.get_template("report.html.jinja").render(
-        run=run,
-        rows=rows(run.before, run.after),
-        pairs=_pairs(run),
-        curve=_uri(curve) if curve.exists() else None,
-        crisp=run.before.images.shape[-1] <= 128,
-        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-        environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
-        updates=_updates(run.lines),
+    return (
+        environment_of()
+        .get_template("report.html.jinja")
+        .render(
+            run=run,
+            rows=rows(run.before, run.after),
+            pairs=_pairs(run),
+            curve=uri(curve) if curve.exists() else None,
+            crisp=run.before.images.shape[-1] <= 128,
+            config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+            environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
+            updates=_updates(run.lines),
+        )
     )
 
 
@@ -166,8 +176,8 @@ def _pairs(run: Finished, most: int = 24) -> list[dict[str, Any]]:
     return [
         {
             "prompt": run.before.prompts[i],
-            "before": _small(run.before.images[i]),
-            "after": _small(run.after.images[i]),
+            "before": small(run.before.images[i]),
+            "after": small(run.after.images[i]),
             "from": a[i],
             "to": b[i],
         }

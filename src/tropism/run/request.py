@@ -141,6 +141,15 @@ def _parts(reward: Rewards) -> list[Reward | str]:
     return [reward] if isinstance(reward, str) or callable(reward) else list(reward)
 
 
+def as_plain(value: Any) -> Any:
+    """Settings as plain YAML values."""
+    if isinstance(value, Mapping):
+        return {k: as_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
     """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
     named = str(model) if isinstance(model, str | Path) else type(model).__name__

@@ -24,7 +24,7 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(word: str = "update") -> Iterator[Stop]:
     """Catch SIGINT and SIGTERM while a run goes on. Only the main thread can; elsewhere nothing is caught."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -36,7 +36,7 @@ def stopping() -> Iterator[Stop]:
             os._exit(128 + number)
         stop.number = number
         # written by hand: print is not safe inside a handler
-        os.write(2, b"\nStopping after this update; it will be saved. Again to stop at once.\n")
+        os.write(2, f"\nStopping after this {word}; it will be saved. Again to stop at once.\n".encode())
 
     before = {s: signal.signal(s, received) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,0 +1,189 @@
+"""The command that leaves the weights alone: reward-guided decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tropism.core import Model, Reward, UserError, name_of
+from tropism.guide.best_of_n import best_of_n
+from tropism.guide.dps import dps
+from tropism.guide.lineages import Guided, check_alpha
+from tropism.guide.nested import nested
+from tropism.guide.search import blockwise, refine
+from tropism.guide.smc import smc
+from tropism.guide.svdd import svdd
+from tropism.guide.twisted import twisted
+from tropism.guide.values import posterior_mean
+from tropism.models.load import load_model
+from tropism.prompts.batches import Prompt, listed, train_and_held_out
+from tropism.rewards.load import check_prompts, require_gradient
+from tropism.run import guided_report, request
+from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, overrides, set_up
+from tropism.run.guided import Piece, Plan, run_pieces
+from tropism.run.products import weights_of
+from tropism.run.record import Recorder
+from tropism.run.report import spread
+
+GUIDES: dict[str, Callable[..., Guided]] = {
+    "svdd": svdd,
+    "nested": nested,
+    "smc": smc,
+    "twisted": twisted,
+    "dps": dps,
+    "best-of-n": best_of_n,
+    "blockwise": blockwise,
+    "refine": refine,
+}
+BY_GRADIENT = ("dps", "twisted")
+ANY_SAMPLER = ("dps", "best-of-n")
+"""Methods that need no stochastic sampler."""
+WEIGHTED = ("smc", "nested", "twisted")
+"""Methods whose weights are exp(r / alpha), alpha above 0."""
+BOUND = ("model", "reward", "batch", "n", "seed", "max_batch", "value", "fixed")
+
+
+@dataclass(frozen=True)
+class GuidedRun:
+    """A finished guided run: its folder, the prompt of each sample, and its pieces (see run.guided)."""
+
+    out: Path
+    prompts: list[str]
+    pieces: list[Piece]
+    table: list[guided_report.Line]
+
+
+def guide(
+    method: str,
+    *,
+    model: str | Model,
+    reward: Reward | str | Sequence[Reward | str],
+    prompts: str | Path | Sequence[str] | None = None,
+    out: str | Path,
+    samples: int = 64,
+    options: Mapping[str, Any] | None = None,
+    x0: str = "auto",
+    pool: int = 10,
+    eta: float = 1.0,
+    height: int | None = None,
+    width: int | None = None,
+    quantize: str | None = None,
+    t5: bool = True,
+    scheduler: Sequence[str] = (),
+    seed: int = 0,
+    max_batch: int = 64,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    dry_run: bool = False,
+    command: str = "",
+    callback: Callable[[int, int], None] | None = None,
+) -> GuidedRun | None:
+    """Draw samples that score higher, without changing a weight, and leave a run folder. Returns the finished run.
+
+    method: svdd, nested, smc, twisted, dps, best-of-n, blockwise, refine. model, reward: as for `align`; the reward needs no gradient
+    but for dps and twisted. prompts: as for `align`, all of them used; default the bundled model's held-out ones.
+    samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each.
+    options: the method's own hyperparameters by name (see its function). x0: what a noisy state is judged by: auto, mean, argmax, sample
+    or soft. pool: plain samples drawn for every guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and
+    best-of-n. max_batch: rows in memory at a time. callback(piece, pieces) is called after each piece.
+    Raises UserError for anything that cannot be, before the first sample where possible.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "dry_run", "command")}
+    function = GUIDES[known(method, GUIDES, "method")]
+    at_least_one(samples=samples, max_batch=max_batch, height=height, width=width)
+    not_negative(seed=seed, pool=pool, eta=eta)
+    own = hyperparameters(function)
+    for name in options or {}:
+        known(name, own, f"option of {method}")
+    if eta == 0 and method not in ANY_SAMPLER:
+        raise UserError(
+            f"eta is 0, a deterministic sampler: all candidates of a step would be equal, and {method} chooses among them. Use --eta 1."
+        )
+    scored = request.read_reward(reward)
+    if method in BY_GRADIENT:
+        require_gradient(scored, f"guide {method}")
+    asked = _shared(_prompts(prompts, model), samples)
+    check_prompts(scored, [p.text for p, _ in asked])
+    loaded = _model(model, settings) if isinstance(model, str) else model
+    hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
+    getattr(loaded, "check_request", lambda *_: None)(hyper["guidance"], [p.negative for p, _ in asked])
+    loaded.process.times(hyper["steps"], getattr(loaded, "shape", (1, 1, 1)))
+    bound = partial(function, **hyper, **({"value": posterior_mean(x0)} if _has(function, "value") else {}))
+    wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
+    _check(method, hyper)
+    same = {"method": method, **request.identity(model, reward), "seed": str(seed), "hyperparameters": str(hyper)}
+    same |= {"prompts": str([(p.text, p.negative, n) for p, n in asked]), "x0, eta and pool": f"{x0}, {eta:g}, {pool}"}
+    plan = Plan(loaded, scored, bound, asked, seed, max_batch, wide, pool, hyper["steps"], hyper["guidance"], same)
+    if dry_run:
+        return _say_ready(plan)
+    prepare = getattr(loaded, "prepare", None)
+    if prepare:
+        prepare([p.text for p, _ in asked], [p.negative for p, _ in asked])
+    config = request.as_plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": hyper})
+    with Recorder(out, config, resume=resume, overwrite=overwrite) as recorder:
+        pieces = run_pieces(plan, Path(out), recorder, callback)
+        texts = [asked[i][0].text for piece in pieces for i in piece.prompts.tolist()]
+        told = (method, str(model), weights_of(scored), texts, seed, command, config, recorder.environment, pieces)
+        done = guided_report.Finished(*told)
+        page, found = guided_report.write(Path(out), done), guided_report.table(done)
+        recorder.say(guided_report.summary(done, found) + f"\nSee {page}")
+    return GuidedRun(Path(out), texts, pieces, found)
+
+
+def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """A method's own: the keyword arguments of its function."""
+    return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
+
+
+def _check(method: str, hyper: Mapping[str, Any]) -> None:
+    """Raises UserError for numbers that the method would refuse, before anything is written."""
+    at_least_one(**{n: hyper[n] for n in ("m", "block", "every") if n in hyper})
+    check_alpha(hyper.get("alpha", 0.0), positive=method in WEIGHTED)
+    finite_numbers(**{n: hyper[n] for n in ("guidance", "scale", "gamma", "threshold") if n in hyper})
+
+
+def _has(function: Callable, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _default(name: str, p: inspect.Parameter, model: Model) -> Any:
+    """The model's own steps and guidance, else the method's default."""
+    own = getattr(model, name, None) if name in ("steps", "guidance") else None
+    plain = {"steps": 50, "guidance": 1.0}.get(name) if p.default is p.empty else p.default
+    return plain if own is None else own
+
+
+def _model(model: str, settings: Mapping[str, Any]) -> Model:
+    place, precision = set_up(settings["device"], settings["dtype"], settings["threads"])
+    own = {n: settings[n] for n in ("eta", "height", "width", "quantize", "t5")}
+    return load_model(
+        model, dtype=precision, device=place, lora=None, scheduler=overrides(settings["scheduler"]), **own
+    )
+
+
+def _prompts(prompts: str | Path | Sequence[str] | None, model: Any) -> list[Prompt]:
+    return train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
+
+
+def _shared(prompts: list[Prompt], samples: int) -> list[tuple[Prompt, int]]:
+    """Each prompt with its number of samples."""
+    chosen = [prompts[i] for i in spread(len(prompts), samples)]
+    each, more = divmod(samples, len(chosen))
+    return [(p, each + (i < more)) for i, p in enumerate(chosen)]
+
+
+def _say_ready(plan: Plan) -> None:
+    samples = sum(n for _, n in plan.prompts)
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"Everything is in order: reward {name_of(plan.reward)}, {samples} samples of {len(plan.prompts)} prompts in "
+        f"{len(plan.pieces())} pieces. Nothing was written; run it again without --dry-run."
+    )

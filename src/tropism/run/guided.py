@@ -1,0 +1,186 @@
+"""A guided run piece by piece: a few prompts at a time, each piece kept when it is finished, so that a resume does the rest.
+
+A piece holds its guided samples and a pool of the plain model's, on the same noise: the first n of the pool are their twins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tropism.core import Model, Reward, UserError
+from tropism.guide.best_of_n import best_of_n
+from tropism.guide.lineages import Guided
+from tropism.prompts.batches import Prompt, as_batch
+from tropism.run.record import Recorder
+from tropism.run.signals import Interrupted, stopping
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a guided run draws. method: bound to its hyperparameters, (model, reward, batch, n, *, seed, max_batch) -> Guided.
+
+    prompts: with the number of samples of each. pool: plain samples for every guided one, 0 for none. steps, guidance: of both.
+    identity: what a resumed run must share with the run it goes on with, by name.
+    """
+
+    model: Model
+    reward: Reward
+    method: Callable[..., Guided]
+    prompts: list[tuple[Prompt, int]]
+    seed: int
+    max_batch: int
+    width: int
+    pool: int
+    steps: int
+    guidance: float
+    identity: dict[str, str]
+
+    def pieces(self) -> list[range]:
+        """Runs of prompts with equal numbers of samples, so many that a piece fills about max_batch rows."""
+        found, at = [], 0
+        while at < len(self.prompts):
+            n = self.prompts[at][1]
+            most = max(1, self.max_batch // (n * max(self.width, self.pool, 1)))
+            end = at
+            while end < len(self.prompts) and end - at < most and self.prompts[end][1] == n:
+                end += 1
+            found.append(range(at, end))
+            at = end
+        return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples of a few prompts as they are kept: pictures (n, 3, H, W) uint8, or tokens, prompt-major, with their rewards.
+
+    prompts: places in the plan, one a sample; twins: the plain samples on the same noise; pool: rewards of all plain ones (n, pool).
+    costs, plain_costs: rows and rewards. ess: (steps, prompts). ancestors: starting lineages. log_z: (prompts,).
+    """
+
+    prompts: Tensor
+    samples: Tensor
+    rewards: Tensor
+    twins: Tensor
+    pool: Tensor
+    ess: Tensor
+    ancestors: Tensor
+    log_z: Tensor
+    costs: dict[str, int]
+    plain_costs: dict[str, int]
+
+
+def stored(samples: Tensor) -> Tensor:
+    """Pictures as uint8; tokens as they are."""
+    return (samples.float().clamp(0, 1) * 255).round().byte().cpu() if samples.is_floating_point() else samples.cpu()
+
+
+def shown(samples: Tensor) -> Tensor:
+    """What `stored` kept, as pictures in [0, 1]."""
+    return samples.float() / 255 if samples.dtype == torch.uint8 else samples
+
+
+def draw_piece(plan: Plan, places: range) -> Piece:
+    """Guided samples and their plain pool for some of the plan's prompts."""
+    n = plan.prompts[places[0]][1]
+    batch = as_batch([plan.prompts[i][0] for i in places], places)
+    found = plan.method(plan.model, plan.reward, batch, n, seed=plan.seed, max_batch=plan.max_batch)
+    at = torch.tensor(places).repeat_interleave(n)
+    twins, pool, plain_costs = found.samples[:0], found.rewards.new_zeros(len(at), 0), {}
+    if plan.pool:
+        how = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "max_batch": plan.max_batch}
+        plain = best_of_n(plan.model, plan.reward, batch, n * plan.pool, m=1, **how)
+        first = torch.arange(len(places))[:, None] * n * plan.pool + torch.arange(n)
+        twins, plain_costs = plain.samples[first.flatten()], asdict(plain.costs)
+        pool = plain.rewards.reshape(len(places), n * plan.pool).repeat_interleave(n, 0)
+    kept = (stored(found.samples), found.rewards, stored(twins), pool, found.ess, found.ancestors, found.log_z)
+    return Piece(at, *kept, asdict(found.costs), plain_costs)
+
+
+def run_pieces(plan: Plan, out: Path, recorder: Recorder, say: Callable[[int, int], None] | None = None) -> list[Piece]:
+    """All pieces: those in the folder as they are, the others drawn and kept. A signal ends the run after the piece at hand."""
+    folder, pieces, found = out / "samples", plan.pieces(), []
+    check_begun(plan, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with recorder.showing(-1, len(pieces), word="piece"), stopping("piece") as stop:
+        for i, places in enumerate(pieces):
+            file = folder / f"piece-{i:04d}.safetensors"
+            if not file.exists():
+                keep(draw_piece(plan, places), file, plan.identity)
+            found.append(read(file))
+            recorder.write({"update": i + 1, **_numbers(found[-1])})
+            if say:
+                say(i + 1, len(pieces))
+            if stop.number and i + 1 < len(pieces):
+                raise Interrupted(
+                    128 + stop.number,
+                    f"Stopped: {i + 1} of {len(pieces)} pieces are finished and kept in {out}. Go on with --resume.",
+                )
+    return found
+
+
+def check_begun(plan: Plan, folder: Path) -> None:
+    """Raises UserError if the pieces in the folder belong to a run of another method, model, reward, seed or prompts."""
+    for file in sorted(folder.glob("piece-*.safetensors"))[:1]:
+        begun = json.loads(_metadata(file).get("identity", "{}"))
+        changed = [name for name, value in plan.identity.items() if begun.get(name) != value]
+        if changed:
+            raise UserError(
+                f"The run in {folder.parent} was begun with another {' and another '.join(changed)}, so its samples would not belong "
+                "together. Resume with the settings in its config.yaml, or choose another --out."
+            )
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata() or {}
+    except SafetensorError as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is damaged ({error}). Delete it and --resume: it is drawn anew.")
+
+
+def keep(piece: Piece, file: Path, identity: Mapping[str, str]) -> None:
+    """Write a piece in one move. Raises UserError where the disk cannot take it."""
+    values = {n: v for n, v in vars(piece).items() if isinstance(v, Tensor)}
+    beside = file.with_suffix(".tmp")
+    try:
+        told = {"costs": piece.costs, "plain_costs": piece.plain_costs, "identity": dict(identity)}
+        save_file(
+            {n: v.contiguous() for n, v in values.items()}, beside, metadata={n: json.dumps(v) for n, v in told.items()}
+        )
+        beside.replace(file)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{file} cannot be written ({error}). The pieces before it are kept: free some space and --resume."
+        ) from error
+
+
+def read(file: Path) -> Piece:
+    """A piece that `keep` wrote. Raises UserError for a damaged file."""
+    try:
+        metadata = _metadata(file)
+        costs = {name: json.loads(metadata[name]) for name in ("costs", "plain_costs")}
+        return Piece(**load_file(file), **costs)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise damaged(file, error) from error
+
+
+def _numbers(piece: Piece) -> dict[str, Any]:
+    """For metrics.jsonl."""
+    row: dict[str, Any] = {"reward": piece.rewards.mean().item(), "samples": len(piece.rewards)}
+    if piece.pool.numel():
+        row["plain/reward"] = piece.pool.mean().item()
+    return row | {f"calls/{name}": n for name, n in piece.costs.items()}

@@ -1,0 +1,270 @@
+"""What a finished guided run leaves for a person: pictures, quantiles against the plain model and best-of-N, a table, one page."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from tropism.run import pictures
+from tropism.run.card import fenced, safe
+from tropism.run.evaluate import diversity
+from tropism.run.guided import Piece, shown
+from tropism.run.products import measures_for
+from tropism.run.report import environment_of, number, small, spread, uri
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All that the page tells of a guided run. texts: the prompt of each sample."""
+
+    method: str
+    base: str
+    rewards: dict[str, float]
+    texts: list[str]
+    seed: int
+    command: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    pieces: list[Piece]
+
+    def joined(self, name: str) -> Tensor:
+        return torch.cat([getattr(piece, name) for piece in self.pieces])
+
+    def cost(self, name: str, of: str = "costs") -> int:
+        return sum(getattr(piece, of).get(name, 0) for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: quantiles and mean of the reward; rows of the network and rewards a sample; note."""
+
+    name: str
+    values: tuple[float, ...]
+    mean: float
+    network: float
+    rewards: float
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+def best_of(pool: Tensor, n: float) -> tuple[Tensor, Tensor]:
+    """(values, weights): the law of the best of n draws from pooled rewards (rows, pool), by order statistics, all rows alike.
+
+    The i-th smallest of P values is the best of n with probability (i / P)^n - ((i - 1) / P)^n; n need not be whole.
+    """
+    values, size = pool.sort(1).values, pool.shape[1]
+    edges = (torch.arange(size + 1, dtype=torch.float64) / size) ** n
+    return values.flatten(), (edges.diff() / len(pool)).expand(len(pool), -1).flatten()
+
+
+def quantiles(values: Tensor, weights: Tensor | None = None) -> tuple[float, ...]:
+    """Weighted quantiles: the least value whose cumulative weight reaches the share."""
+    order = values.argsort()
+    weights = torch.full((len(values),), 1 / len(values), dtype=torch.float64) if weights is None else weights
+    reached = weights[order].cumsum(0)
+    at = [int(torch.searchsorted(reached, q - 1e-9)) for q in QUANTILES]
+    return tuple(values[order][min(i, len(values) - 1)].item() for i in at)
+
+
+def table(run: Finished) -> list[Line]:
+    """The plain model, best-of-N at equal network rows and at equal rewards, and the guided run."""
+    rewards, pool = run.joined("rewards"), _pools(run)
+    n = len(rewards)
+    network, asked = run.cost("network") / n, run.cost("rewards") / n
+    found = []
+    if pool:
+        plain_rows = run.cost("network", "plain_costs") / sum(len(p) * p.shape[1] for p in pool)
+        found.append(_line("plain model", pool, 1.0, plain_rows))
+        found.append(_line("best of N, equal network rows", pool, network / plain_rows, plain_rows))
+        found.append(_line("best of N, equal rewards", pool, asked, plain_rows))
+    return [*found, Line(run.method, quantiles(rewards), rewards.mean().item(), network, asked)]
+
+
+def _pools(run: Finished) -> list[Tensor]:
+    """Each prompt's pool (1, P) once, where the run has pools."""
+    found = []
+    for piece in run.pieces:
+        if piece.pool.numel():
+            firsts = [int((piece.prompts == p).nonzero()[0, 0]) for p in piece.prompts.unique()]
+            found += [piece.pool[i : i + 1] for i in firsts]
+    return found
+
+
+def _line(name: str, pools: Sequence[Tensor], n: float, plain_rows: float) -> Line:
+    n = max(n, 1.0)
+    pairs = [best_of(pool, n) for pool in pools]
+    values, weights = torch.cat([v for v, _ in pairs]), torch.cat([w for _, w in pairs]) / len(pairs)
+    smallest = min(pool.shape[1] for pool in pools)
+    note = (
+        f"N = {n:.3g}" + (f", a lower bound: {smallest} plain samples a prompt" if n > smallest else "")
+        if n > 1
+        else ""
+    )
+    return Line(name, quantiles(values, weights), (values * weights).sum().item(), n * plain_rows, n, note)
+
+
+def measured(run: Finished) -> list[tuple[str, float, float, float]]:
+    """(name, plain, guided, standard error of the paired change) of measures that did not guide, for pictures."""
+    guided, twins = shown(run.joined("samples")), shown(run.joined("twins"))
+    if guided.ndim != 4 or not len(twins):
+        return []
+    rows = []
+    for name, measure in measures_for(run.texts).items():
+        before, after = measure(twins, run.texts), measure(guided, run.texts)
+        for key in after:
+            a, b = before[key].double(), after[key].double()
+            error = (b - a).std().item() / math.sqrt(len(a)) if len(a) > 1 else math.nan
+            rows.append((name if key == name else f"{name}/{key}", a.mean().item(), b.mean().item(), error))
+    varied = [diversity(x) for x in (twins, guided)]
+    return rows + ([("diversity", *varied, math.nan)] if None not in varied else [])  # type: ignore[list-item]
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write(out: Path, run: Finished) -> Path:
+    """samples.csv, the pictures, quantiles.png, report.html and README.md; returns the page."""
+    found, others = table(run), measured(run)
+    _csv(out / "samples.csv", run)
+    _save_pictures(out, run)
+    _curve(out / "quantiles.png", run)
+    page = out / "report.html"
+    page.write_text(_html(out, run, found, others), encoding="utf-8", errors="replace")
+    (out / "README.md").write_text(_card(run, found, others), encoding="utf-8", errors="replace")
+    return page
+
+
+def _csv(file: Path, run: Finished) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="replace") as f:
+        writer = csv.writer(f)
+        writer.writerow(["sample", "prompt", "reward", "ancestor"])
+        ancestors = run.joined("ancestors").tolist()
+        for i, (text, reward) in enumerate(zip(run.texts, run.joined("rewards").tolist(), strict=True)):
+            writer.writerow([i, pictures.plain(text), f"{reward:.8g}", ancestors[i]])
+
+
+def _save_pictures(out: Path, run: Finished, most: int = 24) -> None:
+    guided, twins, rewards = shown(run.joined("samples")), shown(run.joined("twins")), run.joined("rewards")
+    if guided.ndim != 4:
+        return
+    (out / "pictures").mkdir(exist_ok=True)
+    for i, image in enumerate(run.joined("samples")):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / "pictures" / f"{i:05d}.png")
+    at = spread(len(guided), most)
+    notes = [f"reward {number(rewards[i].item())}" for i in at]
+    texts = [run.texts[i] for i in at]
+    pictures.grid([[guided[i]] for i in at], texts, notes).save(out / "guided.png")
+    if len(twins):
+        cells = [[twins[i], guided[i]] for i in at]
+        pictures.grid(cells, texts, notes, heads=("plain", "guided")).save(out / "plain_guided.png")
+
+
+def _curve(file: Path, run: Finished) -> None:
+    """The share of samples below each reward: plain, best-of-N and guided."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    pools, rewards = _pools(run), run.joined("rewards")
+    drawn = [(run.method, rewards, torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64), "#d1495b")]
+    if pools:
+        plain_rows = run.cost("network", "plain_costs") / sum(p.numel() for p in pools)
+        n = run.cost("network") / len(rewards) / plain_rows
+        for name, size, colour in (
+            ("plain model", 1.0, "#9aa3ad"),
+            (f"best of {n:.3g}, equal network rows", n, "#2f6690"),
+        ):
+            pairs = [best_of(pool, max(size, 1.0)) for pool in pools]
+            drawn.append(
+                (name, torch.cat([v for v, _ in pairs]), torch.cat([w for _, w in pairs]) / len(pairs), colour)
+            )
+    for name, values, weights, colour in drawn:
+        order = values.argsort()
+        axes.step(values[order], weights[order].cumsum(0), where="post", label=name, color=colour, lw=1.5)
+    axes.set(xlabel="reward", ylabel="share of samples below", ylim=(0, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, format="png")
+
+
+def _html(out: Path, run: Finished, found: list[Line], others: list) -> str:
+    guided, twins = shown(run.joined("samples")), shown(run.joined("twins"))
+    cells = []
+    if guided.ndim == 4:
+        for i in spread(len(guided), 24):
+            plain = small(twins[i]) if len(twins) else None
+            reward = run.joined("rewards")[i].item()
+            cells.append({"prompt": run.texts[i], "plain": plain, "guided": small(guided[i]), "reward": reward})
+    return (
+        environment_of()
+        .get_template("guided.html.jinja")
+        .render(
+            run=run,
+            samples=len(run.texts),
+            lines=found,
+            others=others,
+            cells=cells,
+            ess=_least_ess(run),
+            survivors=_survivors(run),
+            curve=uri(out / "quantiles.png"),
+            crisp=guided.ndim == 4 and guided.shape[-1] <= 128,
+            config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+            environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def _least_ess(run: Finished) -> float | None:
+    found = [piece.ess.amin().item() for piece in run.pieces if piece.ess.numel()]
+    return min(found) if found else None
+
+
+def _survivors(run: Finished) -> float:
+    """The share of starting lineages that have a sample at the end."""
+    return sum(len(piece.ancestors.unique()) for piece in run.pieces) / len(run.texts)
+
+
+def _card(run: Finished, found: list[Line], others: list) -> str:
+    rewards = ", ".join(f"{safe(n)}" + (f" x {w:g}" if w != 1 else "") for n, w in run.rewards.items())
+    head = "| reward | q10 | q50 | q90 | mean | network rows a sample | rewards a sample | |\n|---|---:|---:|---:|---:|---:|---:|---|"
+    rows = [
+        f"| {safe(r.name)} | {' | '.join(number(v) for v in (*r.values, r.mean))} | {r.network:.4g} | {r.rewards:.4g} | {r.note} |"
+        for r in found
+    ]
+    second = ["| other measures | plain | guided | s.e. of the change |\n|---|---:|---:|---:|"]
+    second += [f"| {safe(n)} | {number(a)} | {number(b)} | {number(None if e != e else e)} |" for n, a, b, e in others]
+    return (
+        "\n\n".join(
+            [
+                f"# {safe(run.method)} on {safe(run.base)}",
+                f"{len(run.texts)} samples, seed {run.seed}, guided by {rewards}. No weight was changed.",
+                "\n".join([head, *rows]),
+                *(["\n".join(second)] if others else []),
+                "Best of N by order statistics of each prompt's plain samples. `samples.csv` has every reward, `report.html` the pictures.",
+                fenced(run.command or "(run from Python)", "sh"),
+            ]
+        )
+        + "\n"
+    )
+
+
+def summary(run: Finished, found: list[Line]) -> str:
+    """What the command prints."""
+    lines = [f"  {r.name:32s} " + "  ".join(f"{v:10.4f}" for v in r.values) + f"  {r.note}" for r in found]
+    return "\n".join([f"{'Reward, quantiles':34s} " + "  ".join(f"{f'q{q:.0%}'[:-1]:>10s}" for q in QUANTILES), *lines])

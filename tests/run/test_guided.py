@@ -1,0 +1,250 @@
+"""Guided runs as a user meets them: the folder, its numbers, an interrupted run, models of one's own, and what cannot be."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny_families import BUILDERS, SIZE
+
+from tropism import cli, commands
+from tropism.core import UserError
+from tropism.run import guided
+from tropism.run.guided_report import best_of, quantiles
+
+QUICK = {"model": "shapes", "reward": "jpeg-bytes", "samples": 4, "options": {"m": 2, "steps": 3}, "pool": 2}
+PROMPTS = ["three red circles on sand", "two blue squares on sand", "one purple cross on brick"]
+
+
+def called(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return commands.guide("svdd", prompts=PROMPTS, out=tmp_path_factory.mktemp("guided") / "run", **QUICK)
+
+
+def test_the_folder(run):
+    names = {p.name for p in run.out.iterdir()}
+    expected = {"config.yaml", "env.json", "metrics.jsonl", "samples", "samples.csv", "pictures", "guided.png"}
+    assert expected | {"plain_guided.png", "quantiles.png", "report.html", "README.md"} <= names
+    rows = list(csv.DictReader((run.out / "samples.csv").open()))
+    assert [r["prompt"] for r in rows] == run.prompts == [PROMPTS[0], *PROMPTS]
+    kept = torch.cat([piece.samples for piece in run.pieces])
+    for i, row in enumerate(rows):
+        pixels = torch.from_numpy(__import__("numpy").array(Image.open(run.out / "pictures" / f"{i:05d}.png")))
+        assert torch.equal(pixels.permute(2, 0, 1), kept[i])
+        assert float(row["reward"]) == pytest.approx(torch.cat([p.rewards for p in run.pieces])[i].item(), rel=1e-6)
+    page = (run.out / "report.html").read_text()
+    assert "best of N, equal network rows" in page and "<script" not in page
+    assert "No weight was changed" in (run.out / "README.md").read_text()
+
+
+def test_rewards_are_those_of_the_pictures(run):
+    """jpeg-bytes: minus the kilobytes of the picture that is kept."""
+    from tropism.rewards.jpeg import true_bytes
+
+    for piece in run.pieces:
+        kept = -true_bytes(guided.shown(piece.samples)).double() / 1000
+        torch.testing.assert_close(piece.rewards, kept, rtol=0.01, atol=0.01)
+
+
+def test_costs_are_said_as_they_were(run):
+    m, steps = 2, 3
+    plain, _, _, line = run.table
+    assert (line.network, line.rewards) == (2 * steps * m, (steps + 1) * m)
+    assert (plain.network, plain.rewards) == (2 * steps, 1)
+    assert run.table[1].note == "N = 2"
+    assert "a lower bound: 2 plain samples" in run.table[2].note
+
+
+def test_twins_start_from_the_same_noise(tmp_path):
+    """With one child a step and no choice the guided samples are the plain ones."""
+    options = {"m": 1, "steps": 3, "select_start": False}
+    run = commands.guide("svdd", prompts=PROMPTS, out=tmp_path / "run", **QUICK | {"options": options})
+    for piece in run.pieces:
+        torch.testing.assert_close(piece.twins.int(), piece.samples.int(), rtol=0, atol=1)
+
+
+def test_an_interrupted_run_goes_on_and_ends_alike(run, tmp_path, monkeypatch):
+    original, seen = guided.draw_piece, []
+
+    def dies(plan, places):
+        seen.append(places)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(plan, places)
+
+    monkeypatch.setattr(guided, "draw_piece", dies)
+    how = {"prompts": PROMPTS, "out": tmp_path / "run", **QUICK, "max_batch": 8}
+    with pytest.raises(KeyboardInterrupt):
+        commands.guide("svdd", **how)
+    with pytest.raises(UserError, match="not empty"):
+        commands.guide("svdd", **how)
+    done = commands.guide("svdd", **how, resume=True)
+    assert len(seen) == len(done.pieces) + 1, "the finished piece was not drawn again"
+    whole = commands.guide("svdd", **how | {"out": tmp_path / "whole"})
+    for a, b in zip(done.pieces, whole.pieces, strict=True):
+        assert torch.equal(a.samples, b.samples)
+        assert torch.equal(a.rewards, b.rewards)
+    assert [json.loads(x)["update"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, len(done.pieces) + 1)
+    )
+
+
+def test_a_resume_with_other_settings_is_refused(run):
+    with pytest.raises(UserError, match=r"begun with another .*reward"):
+        commands.guide("svdd", prompts=PROMPTS, out=run.out, **QUICK | {"reward": "jpeg"}, resume=True)
+    with pytest.raises(UserError, match=r"begun with another .*seed"):
+        commands.guide("svdd", prompts=PROMPTS, out=run.out, **QUICK, seed=1, resume=True)
+
+
+def test_a_damaged_piece_is_named(tmp_path):
+    how = {"prompts": PROMPTS, "out": tmp_path / "run", **QUICK}
+    commands.guide("svdd", **how)
+    piece = sorted((tmp_path / "run" / "samples").iterdir())[0]
+    piece.write_bytes(piece.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"piece-0000.safetensors is damaged.*--resume"):
+        commands.guide("svdd", **how, resume=True)
+
+
+@pytest.mark.parametrize("method", [m for m in commands.GUIDES if m not in ("dps", "twisted")])
+def test_every_method_on_the_command_line(method, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    words = ["--model", "shapes", "--reward", "jpeg-bytes", "--prompts", tmp_path / "prompts.txt", "--samples", 4]
+    own = ["--m", 2] if method not in ("smc",) else ["--alpha", 0.2]
+    more = ["--steps", 2, "--pool", 1, "--out", tmp_path / "run", "--threads", 1]
+    monkeypatch.setattr(sys, "argv", ["tropism", "guide", method, *map(str, [*words, *own, *more])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert method in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("method", ["dps", "twisted"])
+def test_by_the_gradient(method, tmp_path):
+    options = {"steps": 2, **({"scale": 0.1} if method == "dps" else {"alpha": 0.5})}
+    run = commands.guide(
+        method, prompts=PROMPTS, out=tmp_path / "run", **QUICK | {"reward": "jpeg", "options": options}
+    )
+    assert torch.isfinite(torch.cat([p.rewards for p in run.pieces])).all()
+    assert run.pieces[0].costs["backward"] > 0
+    with pytest.raises(UserError, match=rf"guide {method} follows the reward's gradient"):
+        commands.guide(method, prompts=PROMPTS, out=tmp_path / "no", **QUICK | {"options": {}})
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_other_families(family, tmp_path):
+    """The same command on a diffusers folder; flow matching by its SDE."""
+    folder, size = BUILDERS[family](tmp_path / "model"), {"height": SIZE, "width": SIZE}
+    options = {"m": 2, "steps": 2}
+    run = commands.guide(
+        "svdd",
+        model=str(folder),
+        reward="jpeg-bytes",
+        prompts=PROMPTS,
+        out=tmp_path / "run",
+        samples=3,
+        options=options,
+        **size,
+    )
+    assert torch.cat([p.samples for p in run.pieces]).shape == (3, 3, SIZE, SIZE)
+
+
+OWN = """
+import torch
+from tropism.process.masked import Masked
+from tropism.process.gaussian import VP
+
+class Letters:
+    process, shape = Masked(4), (6,)
+    def predict(self, x_t, t, cond, guidance):
+        return torch.full((*x_t.shape, 4), 0.25)
+    def x0(self, x_t, out, t):
+        return out
+    def decode(self, x0):
+        return x0
+
+class Blobs:
+    process, shape = VP(tuple(torch.linspace(.99, .01, 20).tolist()), eta=1.0), (3, 8, 8)
+    def predict(self, x_t, t, cond, guidance):
+        return 0.1 * x_t
+    def x0(self, x_t, out, t):
+        return self.process.x0(x_t, out, t, "sample")
+    def decode(self, x0):
+        return torch.sigmoid(x0)
+
+class Nothing:
+    pass
+
+def zeros(tokens, batch):
+    return (tokens == 0).sum(1).double()
+
+def red(images, batch):
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def test_a_model_of_ones_own_needs_four_things(tmp_path):
+    """predict, x0, process, decode; the rest has defaults, for tokens and for pictures."""
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    how = {"prompts": ["a", "b"], "samples": 20, "options": {"m": 4, "steps": 6}}
+    letters = commands.guide("svdd", model=f"{file}:Letters", reward=f"{file}:zeros", out=tmp_path / "letters", **how)
+    plain, *_, guided_ = letters.table
+    assert guided_.mean > plain.mean + 2
+    assert torch.cat([p.samples for p in letters.pieces]).shape == (20, 6)
+    blobs = commands.guide("svdd", model=f"{file}:Blobs", reward=f"{file}:red", out=tmp_path / "blobs", **how)
+    assert blobs.table[-1].mean > blobs.table[0].mean
+    with pytest.raises(UserError, match=r"lacks process, predict, x0, decode, shape"):
+        commands.guide("svdd", model=f"{file}:Nothing", reward=f"{file}:red", out=tmp_path / "no", **how)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "svd"}, "no method 'svd'. Did you mean 'svdd'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"options": {"k": 1}}, "no option of svdd 'k'"),
+        ({"options": {"m": 0}}, "m is 0; it must be at least 1"),
+        ({"options": {"steps": 0}}, "steps is 0"),
+        ({"eta": 0.0}, "eta is 0, a deterministic sampler.*--eta 1"),
+        ({"eta": -1.0}, "eta is -1"),
+        ({"pool": -1}, "pool is -1"),
+        ({"x0": "median"}, "mode is 'median'"),
+        ({"reward": "jpg-bytes"}, "jpeg-bytes"),
+        ({"prompts": "no-such-file.txt"}, "no-such-file"),
+        ({"model": "shape"}, "Did you mean 'shapes'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(change, says, tmp_path):
+    how = {"method": "svdd", "prompts": PROMPTS, "out": tmp_path / "run", **QUICK} | change
+    with pytest.raises(UserError, match=says):
+        commands.guide(how.pop("method"), **how)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert commands.guide("svdd", prompts=PROMPTS, out=tmp_path / "run", **QUICK, dry_run=True) is None
+    assert "4 samples of 3 prompts" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_law_of_the_best():
+    """By order statistics, against the best of many draws with replacement."""
+    pool = torch.randn(1, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = pool[0][torch.randint(9, (200_000, 3), generator=torch.Generator().manual_seed(1))].amax(1)
+    values, weights = best_of(pool, 3)
+    assert weights.sum().item() == pytest.approx(1)
+    assert (values * weights).sum().item() == pytest.approx(draws.mean().item(), abs=0.01)
+    assert quantiles(values, weights) == pytest.approx(
+        tuple(draws.quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist())
+    )
+    assert quantiles(torch.arange(1.0, 11)) == (1, 5, 9)
