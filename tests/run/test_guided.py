@@ -11,8 +11,9 @@ from tiny_families import BUILDERS, SIZE
 
 from tropism import cli, commands
 from tropism.core import UserError
-from tropism.run import guided
+from tropism.run import guided, guided_tokens
 from tropism.run.guided_report import best_of, quantiles
+from tropism.worlds import utr
 
 QUICK = {"model": "shapes", "reward": "jpeg-bytes", "samples": 4, "options": {"m": 2, "steps": 3}, "pool": 2}
 PROMPTS = ["three red circles on sand", "two blue squares on sand", "one purple cross on brick"]
@@ -248,3 +249,46 @@ def test_the_law_of_the_best():
         tuple(draws.quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist())
     )
     assert quantiles(torch.arange(1.0, 11)) == (1, 5, 9)
+
+
+def test_tokens_need_no_prompt_and_no_reward(tmp_path):
+    """Sequences as letters, strips, a logo, the hidden oracle; groups of one prompt are pieces of their own."""
+    pytest.importorskip("RNA")
+    run = commands.guide(
+        "svdd",
+        model="utr",
+        out=tmp_path / "run",
+        samples=12,
+        group=8,
+        pool=2,
+        options={"m": 3, "steps": 6},
+        max_batch=32,
+    )
+    assert [len(p.rewards) for p in run.pieces] == [8, 4]
+    rows = list(csv.DictReader((run.out / "samples.csv").open()))
+    assert {len(r["sequence"]) for r in rows} == {50} and set("".join(r["sequence"] for r in rows)) <= set("ACGU")
+    for row in rows:
+        tokens = torch.tensor([["ACGU".index(c) for c in row["sequence"]]])
+        assert float(row["reward"]) == pytest.approx(utr.load(tokens).item(), rel=1e-6)
+    assert {"sequences.png", "logo.png"} <= {p.name for p in run.out.iterdir()}
+    page = (run.out / "report.html").read_text()
+    assert "upstream AUGs" in page and "words like plain ones" in page
+    assert run.table[-1].mean > run.table[0].mean
+
+
+def test_a_logo_shows_what_is_sure():
+    """A place with one letter is as high as the logo; one with all letters alike is empty."""
+    tokens = torch.tensor([[0, i % 4] for i in range(40)])
+    pixels = torch.from_numpy(__import__("numpy").array(guided_tokens.logo(tokens, "ACGU")))
+    first, second = pixels[26:116, 10:28], pixels[26:116, 28:46]
+    assert (first != 255).any(-1).any(1).double().mean() > 0.9
+    assert (second == 255).all()
+
+
+def test_token_measures():
+    same, mixed = torch.zeros(6, 9, dtype=torch.long), torch.arange(54).reshape(6, 9) % 4
+    assert guided_tokens.diversity(same) == 0
+    pairs = torch.tensor([[0, 0], [1, 0], [0, 1]])
+    by_hand = sum((a != b).double().mean().item() for i, a in enumerate(pairs) for b in pairs[i + 1 :]) / 3
+    assert guided_tokens.diversity(pairs) == pytest.approx(by_hand)
+    assert guided_tokens.likeness(mixed, mixed) == pytest.approx(1)

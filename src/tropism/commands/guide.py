@@ -41,6 +41,8 @@ GUIDES: dict[str, Callable[..., Guided]] = {
     "blockwise": blockwise,
     "refine": refine,
 }
+DEFAULT_REWARDS = {"dna": "dna-liver", "utr": "utr-load"}
+"""Of the bundled models that need no prompt."""
 BY_GRADIENT = ("dps", "twisted")
 ANY_SAMPLER = ("dps", "best-of-n")
 """Methods that need no stochastic sampler."""
@@ -63,10 +65,11 @@ def guide(
     method: str,
     *,
     model: str | Model,
-    reward: Reward | str | Sequence[Reward | str],
+    reward: Reward | str | Sequence[Reward | str] = (),
     prompts: str | Path | Sequence[str] | None = None,
     out: str | Path,
     samples: int = 64,
+    group: int = 64,
     options: Mapping[str, Any] | None = None,
     x0: str = "auto",
     pool: int = 10,
@@ -91,7 +94,8 @@ def guide(
 
     method: svdd, nested, smc, twisted, dps, best-of-n, blockwise, refine. model, reward: as for `align`; the reward needs no gradient
     but for dps and twisted. prompts: as for `align`, all of them used; default the bundled model's held-out ones.
-    samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each.
+    samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each. group: samples of one
+    prompt that are drawn together, and compete where a method lets them.
     options: the method's own hyperparameters by name (see its function). x0: what a noisy state is judged by: auto, mean, argmax, sample
     or soft. pool: plain samples drawn for every guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and
     best-of-n. max_batch: rows in memory at a time. callback(piece, pieces) is called after each piece.
@@ -99,7 +103,7 @@ def guide(
     """
     settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "dry_run", "command")}
     function = GUIDES[known(method, GUIDES, "method")]
-    at_least_one(samples=samples, max_batch=max_batch, height=height, width=width)
+    at_least_one(samples=samples, group=group, max_batch=max_batch, height=height, width=width)
     not_negative(seed=seed, pool=pool, eta=eta)
     own = hyperparameters(function)
     for name in options or {}:
@@ -108,10 +112,11 @@ def guide(
         raise UserError(
             f"eta is 0, a deterministic sampler: all candidates of a step would be equal, and {method} chooses among them. Use --eta 1."
         )
+    reward = reward or _own_reward(model)
     scored = request.read_reward(reward)
     if method in BY_GRADIENT:
         require_gradient(scored, f"guide {method}")
-    asked = _shared(_prompts(prompts, model), samples)
+    asked = _shared(_prompts(prompts, model), samples, group)
     check_prompts(scored, [p.text for p, _ in asked])
     loaded = _model(model, settings) if isinstance(model, str) else model
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
@@ -133,7 +138,7 @@ def guide(
         pieces = run_pieces(plan, Path(out), recorder, callback)
         texts = [asked[i][0].text for piece in pieces for i in piece.prompts.tolist()]
         told = (method, str(model), weights_of(scored), texts, seed, command, config, recorder.environment, pieces)
-        done = guided_report.Finished(*told)
+        done = guided_report.Finished(*told, letters=tuple(getattr(loaded, "letters", ())))
         page, found = guided_report.write(Path(out), done), guided_report.table(done)
         recorder.say(guided_report.summary(done, found) + f"\nSee {page}")
     return GuidedRun(Path(out), texts, pieces, found)
@@ -171,14 +176,29 @@ def _model(model: str, settings: Mapping[str, Any]) -> Model:
 
 
 def _prompts(prompts: str | Path | Sequence[str] | None, model: Any) -> list[Prompt]:
+    if prompts is None and (model in DEFAULT_REWARDS or hasattr(model, "letters")):
+        return [Prompt("")]
     return train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
 
 
-def _shared(prompts: list[Prompt], samples: int) -> list[tuple[Prompt, int]]:
-    """Each prompt with its number of samples."""
+def _own_reward(model: Any) -> str:
+    """The bundled model's own reward. Raises UserError for a model that has none."""
+    if isinstance(model, str) and model in DEFAULT_REWARDS:
+        return DEFAULT_REWARDS[model]
+    raise UserError("There is no reward to guide by. Add --reward jpeg-bytes, or file.py:function of yours.")
+
+
+def _shared(prompts: list[Prompt], samples: int, group: int) -> list[tuple[Prompt, int]]:
+    """Each prompt with its number of samples, several times where these are more than a group."""
     chosen = [prompts[i] for i in spread(len(prompts), samples)]
     each, more = divmod(samples, len(chosen))
-    return [(p, each + (i < more)) for i, p in enumerate(chosen)]
+    found = []
+    for i, p in enumerate(chosen):
+        left = each + (i < more)
+        while left:
+            found.append((p, min(left, group)))
+            left -= found[-1][1]
+    return found
 
 
 def _say_ready(plan: Plan) -> None:

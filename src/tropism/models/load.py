@@ -12,11 +12,13 @@ from typing import Any, cast
 
 from tropism import models, plugin
 from tropism.core import Model, UserError
-from tropism.models import own, pipeline
+from tropism.models import masked_lm, own, pipeline
 from tropism.models.latent import Latent
-from tropism.worlds import weights
+from tropism.worlds import utr, weights
 
 BUNDLED = {"shapes": "shapes/model"}
+TOKENS = ("dna", "utr")
+"""Bundled models of token sequences."""
 OWN = {"shapes": {"steps": 8, "guidance": 2.0}}
 """Steps and guidance of the bundled models, which their families' would not suit."""
 
@@ -37,9 +39,23 @@ def _own(spec: str, options: Mapping[str, Any]) -> Model:
     return cast(Model, own.Completed(model))
 
 
+def _tokens(name: str, options: Mapping[str, Any]) -> Model:
+    """A bundled model of token sequences. Raises UserError for options of picture models."""
+    odd = [k for k in ("height", "width", "quantize", "full") if options.get(k)]
+    if odd or options.get("lora") is not None:
+        raise UserError(
+            f"{name} is a model of token sequences; it has no {', '.join(odd or ['LoRA to train'])}. Use it with guide."
+        )
+    device = options.get("device", "cpu")
+    if name == "utr":
+        shape = masked_lm.Shape(tuple(utr.ALPHABET), utr.LENGTH)
+        return cast(Model, masked_lm.MaskedModel(masked_lm.Independent(utr.PRIOR, shape), device=device, steps=32))
+    return cast(Model, masked_lm.MaskedModel(masked_lm.load(weights.path(f"{name}/model.safetensors")), device=device))
+
+
 def _unknown(source: str) -> UserError:
-    close = difflib.get_close_matches(source, BUNDLED, 1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Bundled: {', '.join(BUNDLED)}."
+    close = difflib.get_close_matches(source, [*BUNDLED, *TOKENS], 1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Bundled: {', '.join([*BUNDLED, *TOKENS])}."
     return UserError(
         f"There is no model {source!r}: not a bundled name, not a folder, not a hub id (org/name), not "
         f"file.py:Class. {hint}"
@@ -76,6 +92,8 @@ def load_model(source: str | Path, **options: Any) -> Model:
     Raises UserError if nothing of that name exists, with the nearest bundled name.
     """
     source = str(source)
+    if source in TOKENS:
+        return _tokens(source, options)
     if plugin.is_spec(source):
         return _own(source, options)
     found: str | Path = weights.path(BUNDLED[source]) if source in BUNDLED else Path(source).expanduser()

@@ -7,6 +7,7 @@ Dirichlet Flow Matching, arXiv 2402.05841, appendix (dilated convolutions for DN
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,18 @@ class Convolutions(nn.Module):
         return self.head(self.out(h))
 
 
+class Independent(nn.Module):
+    """Logits of tokens that do not depend on each other: exact for a prior of independent places. probs (V,)."""
+
+    def __init__(self, probs: Sequence[float], shape: Shape):
+        super().__init__()
+        self.shape = shape
+        self.logits = nn.Parameter(torch.tensor(probs).log(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(*x.shape[:2], len(self.logits))
+
+
 class MaskedModel:
     """Tokens from masks; needs no prompt and no guidance. Samples are tokens (B, L); relaxed ones stay (B, L, V).
 
@@ -66,7 +79,7 @@ class MaskedModel:
 
     guidance, uses_time = 1.0, False
 
-    def __init__(self, network: Convolutions, *, device: str | torch.device = "cpu", steps: int = 64):
+    def __init__(self, network: Convolutions | Independent, *, device: str | torch.device = "cpu", steps: int = 64):
         self.network, self.device, self.dtype = (
             network.to(device).eval().requires_grad_(False),
             torch.device(device),
@@ -132,7 +145,8 @@ def load(file: str | Path) -> Convolutions:
     """A network that `save` wrote."""
     with safe_open(str(file), "pt") as f:
         told = json.loads((f.metadata() or {})["shape"])
-    shape = Shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    shape = Shape(**listed)
     network = Convolutions(shape)
     network.load_state_dict({n: p.float() for n, p in load_file(str(file)).items()})
     return network

@@ -10,7 +10,7 @@ from typing import Any
 
 from tropism import plugin
 from tropism.core import Reward, UserError, is_differentiable, name_of
-from tropism.rewards import aesthetic, clip, count, jpeg
+from tropism.rewards import aesthetic, clip, count, genome, jpeg
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
 
@@ -21,9 +21,13 @@ BUILT_IN = {
     "shapes-alignment": clip.shapes_alignment,
     "shapes-count": count.shapes_count,
     "shapes-aesthetic": aesthetic.shapes_aesthetic,
+    "dna-liver": genome.liver,
+    "dna-specific": genome.specific,
+    "utr-load": genome.ribosome_load,
+    "gc-window": genome.gc_window,
 }
 _FORMS = "clip:FOLDER or clip:HUB-ID, and file.py:function"
-_WITHOUT_GRADIENT = "guide svdd, guide best-of-n or align ddpo (all three planned, none built yet)"
+_WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
 
 
 def load_reward(text: str) -> Reward:

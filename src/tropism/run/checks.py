@@ -16,7 +16,7 @@ from tropism.align.truncation import check_policy
 from tropism.core import Info, Model, UserError
 from tropism.run.optimiser import schedule_of
 
-_METHODS = "or take a method that needs no gradient (align ddpo, guide svdd: planned, not built yet)"
+_METHODS = "or take a method that needs no gradient (guide svdd)"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from tropism.run import pictures
+from tropism.run import guided_tokens, pictures
 from tropism.run.card import fenced, safe
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Piece, shown
@@ -26,7 +26,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Finished:
-    """All that the page tells of a guided run. texts: the prompt of each sample."""
+    """All that the page tells of a guided run. texts: the prompt of each sample. letters: of token sequences."""
 
     method: str
     base: str
@@ -37,6 +37,7 @@ class Finished:
     config: dict[str, Any]
     environment: dict[str, Any]
     pieces: list[Piece]
+    letters: tuple[str, ...] = ()
 
     def joined(self, name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
@@ -117,9 +118,13 @@ def _line(name: str, pools: Sequence[Tensor], n: float, plain_rows: float) -> Li
 
 
 def measured(run: Finished) -> list[tuple[str, float, float, float]]:
-    """(name, plain, guided, standard error of the paired change) of measures that did not guide, for pictures."""
+    """(name, plain, guided, standard error of the change) of measures that did not guide; pictures are paired with their twins."""
     guided, twins = shown(run.joined("samples")), shown(run.joined("twins"))
-    if guided.ndim != 4 or not len(twins):
+    if not len(twins):
+        return []
+    if run.letters:
+        return _of_tokens(run, guided, twins)
+    if guided.ndim != 4:
         return []
     rows = []
     for name, measure in measures_for(run.texts).items():
@@ -130,6 +135,22 @@ def measured(run: Finished) -> list[tuple[str, float, float, float]]:
             rows.append((name if key == name else f"{name}/{key}", a.mean().item(), b.mean().item(), error))
     varied = [diversity(x) for x in (twins, guided)]
     return rows + ([("diversity", *varied, math.nan)] if None not in varied else [])  # type: ignore[list-item]
+
+
+def _of_tokens(run: Finished, guided: Tensor, twins: Tensor) -> list[tuple[str, float, float, float]]:
+    rows = []
+    if run.base in guided_tokens.MEASURES:
+        before, after = (guided_tokens.MEASURES[run.base](x) for x in (twins, guided))
+        for name, b in after.items():
+            a, b = before[name].double(), b.double()
+            rows.append((name, a.mean().item(), b.mean().item(), ((a.var() + b.var()) / len(a)).sqrt().item()))
+    half = len(twins) // 2
+    if half:
+        alike = guided_tokens.likeness
+        rows.append(("words like plain ones (r)", alike(twins[:half], twins[half:]), alike(guided, twins), math.nan))
+    share = lambda x: len(x.unique(dim=0)) / len(x)
+    rows.append(("diversity", guided_tokens.diversity(twins), guided_tokens.diversity(guided), math.nan))
+    return [*rows, ("distinct", share(twins), share(guided), math.nan)]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -150,14 +171,22 @@ def write(out: Path, run: Finished) -> Path:
 def _csv(file: Path, run: Finished) -> None:
     with file.open("w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.writer(f)
-        writer.writerow(["sample", "prompt", "reward", "ancestor"])
+        sequences = guided_tokens.letters_of(run.joined("samples"), run.letters) if run.letters else []
+        writer.writerow(["sample", "prompt", "reward", "ancestor", *(["sequence"] if sequences else [])])
         ancestors = run.joined("ancestors").tolist()
         for i, (text, reward) in enumerate(zip(run.texts, run.joined("rewards").tolist(), strict=True)):
-            writer.writerow([i, pictures.plain(text), f"{reward:.8g}", ancestors[i]])
+            writer.writerow([i, pictures.plain(text), f"{reward:.8g}", ancestors[i], *sequences[i : i + 1]])
 
 
 def _save_pictures(out: Path, run: Finished, most: int = 24) -> None:
     guided, twins, rewards = shown(run.joined("samples")), shown(run.joined("twins")), run.joined("rewards")
+    if run.letters:
+        sets = [
+            ("guided, best first", guided[rewards.argsort(descending=True)]),
+            *([("plain", twins)] if len(twins) else []),
+        ]
+        guided_tokens.strips(sets, letters=run.letters).save(out / "sequences.png")
+        guided_tokens.logo(guided, run.letters, "guided").save(out / "logo.png")
     if guided.ndim != 4:
         return
     (out / "pictures").mkdir(exist_ok=True)
@@ -223,6 +252,7 @@ def _html(out: Path, run: Finished, found: list[Line], others: list) -> str:
             ess=_least_ess(run),
             survivors=_survivors(run),
             curve=uri(out / "quantiles.png"),
+            drawings=[uri(out / name) for name in ("sequences.png", "logo.png") if run.letters],
             crisp=guided.ndim == 4 and guided.shape[-1] <= 128,
             config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),

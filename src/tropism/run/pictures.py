@@ -18,7 +18,8 @@ _INK, _FAINT, _PAPER = (28, 32, 36), (104, 112, 120), (255, 255, 255)
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font of all pictures, which ships with matplotlib."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
@@ -91,7 +92,7 @@ def grid(
         for k, p in enumerate(pictures):
             at = x + k * (each + 2)
             if heads:
-                ImageDraw.Draw(sheet).text((at, y), heads[k], _FAINT, _font(11, bold=True))
+                ImageDraw.Draw(sheet).text((at, y), heads[k], _FAINT, font(11, bold=True))
             sheet.paste(p, (at, y + top))
         _caption(sheet, x, y + top + high + 4, wide, prompts[i], notes[i])
     return sheet
@@ -99,10 +100,10 @@ def grid(
 
 def _caption(sheet: Image.Image, x: int, y: int, width: int, prompt: str, note: str) -> None:
     canvas = ImageDraw.Draw(sheet)
-    lines = wrapped(prompt, width, _font(11))
+    lines = wrapped(prompt, width, font(11))
     for k, line in enumerate(lines):
-        canvas.text((x, y + k * LINE), line, _INK, _font(11))
-    canvas.text((x, y + len(lines) * LINE), wrapped(note, width, _font(11), 1)[0], _FAINT, _font(11))
+        canvas.text((x, y + k * LINE), line, _INK, font(11))
+    canvas.text((x, y + len(lines) * LINE), wrapped(note, width, font(11), 1)[0], _FAINT, font(11))
 
 
 # ---------------------------------------------------------------------------------------------------- curves

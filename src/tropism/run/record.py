@@ -48,6 +48,8 @@ PRODUCTS = (
     "guided.png",
     "plain_guided.png",
     "quantiles.png",
+    "sequences.png",
+    "logo.png",
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
