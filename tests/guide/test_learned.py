@@ -40,7 +40,9 @@ def test_the_best_fit_of_each_loss(loss):
     mean = law @ COUNT
     best = mean if loss == "mean" else soft
     if loss == "soft":  # it is flat where exp(r / alpha) is small, so that is where it is compared
-        torch.testing.assert_close(((f.detach()[:, 0] - 4) / ALPHA).exp(), ((best - 4) / ALPHA).exp(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            ((f.detach()[:, 0] - 4) / ALPHA).exp(), ((best - 4) / ALPHA).exp(), rtol=0, atol=1e-4
+        )
         torch.testing.assert_close(f.detach()[:, 0], best, rtol=0, atol=0.02)
     else:
         torch.testing.assert_close(f.detach()[:, 0], best, rtol=0, atol=1e-3)

@@ -34,9 +34,7 @@ def transition(run: Setting, state: State) -> tuple[Kernel, State]:
     """p(x_s | x_t) of every lineage, with the network called only where no output is at hand."""
     t, s = run.times[state.step], run.times[state.step + 1]
     if state.out is None:
-        out = in_chunks(
-            run, lambda rows: run.model.predict(state.x[rows], t, run.cond[rows], run.guidance), len(state.x)
-        )
+        out = predicted(run, state.x, t, torch.arange(len(state.x)))
         state = replace(state, out=out)
     kernel, _ = run.model.kernel(state.x, t, s, run.cond, run.guidance, state.out)
     return kernel, state
