@@ -2,8 +2,8 @@
 
     python benchmarks/guidance.py [--batch 64] [--rounds 5]     three minutes on one core
 
-RNA of 50 bases, 128 steps, 10 children, a convolutional network of the bundled size with random weights, a cheap reward, so that the network is
-what costs. Printed: rows through the network, their ratio, and the ratio of samples a second over the rounds (range).
+RNA of 50 bases, 128 steps, 10 children, a convolutional network of the bundled size with random weights, a cheap reward, so
+that the network is what costs. Printed: rows through the network, their ratio, and the ratio of samples a second over the rounds (range).
 """
 
 import argparse
@@ -50,7 +50,8 @@ def main() -> None:
         ratios.append((half - began) / (end - half))
         same = (fast.samples == slow).all(1).double().mean().item()
         print(
-            f"round {seed}: rows {middle - before} and {fast.costs.network}, {rows[-1]:.2f} times fewer; {ratios[-1]:.2f} times faster; {same:.0%} equal samples"
+            f"round {seed}: rows {middle - before} and {fast.costs.network}, {rows[-1]:.2f} times fewer; "
+            f"{ratios[-1]:.2f} times faster; {same:.0%} equal samples"
         )
     share = [a / b for a, b in zip(ratios, rows, strict=True)]
     print(

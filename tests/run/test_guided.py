@@ -292,3 +292,18 @@ def test_token_measures():
     by_hand = sum((a != b).double().mean().item() for i, a in enumerate(pairs) for b in pairs[i + 1 :]) / 3
     assert guided_tokens.diversity(pairs) == pytest.approx(by_hand)
     assert guided_tokens.likeness(mixed, mixed) == pytest.approx(1)
+
+
+def test_letters_that_must_stay(tmp_path):
+    options, motif = {"m": 3, "steps": 4}, "." * 10 + "GCCACC" + "...A"
+    how = {"model": "utr", "reward": "gc-window", "samples": 6, "pool": 2, "options": options}
+    run = commands.guide("svdd", out=tmp_path / "run", fixed=motif, **how)
+    rows = list(csv.DictReader((run.out / "samples.csv").open()))
+    assert all(r["sequence"][10:16] == "GCCACC" and r["sequence"][19] == "A" for r in rows)
+    twins = torch.cat([p.twins for p in run.pieces])
+    assert (twins[:, 10:16] == torch.tensor([2, 1, 1, 0, 1, 1])).all(), "the plain ones too"
+    for bad, says in (("GCT", "letters T"), ("A" * 51, "51 places"), ("ggc", "letters c,g")):
+        with pytest.raises(UserError, match=says):
+            commands.guide("svdd", out=tmp_path / "no", fixed=bad, **how)
+    with pytest.raises(UserError, match="Only models of sequences"):
+        commands.guide("svdd", prompts=PROMPTS, out=tmp_path / "no", fixed="A", **QUICK)

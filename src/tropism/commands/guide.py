@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from tropism.core import Model, Reward, UserError, name_of
 from tropism.guide.best_of_n import best_of_n
@@ -24,6 +26,7 @@ from tropism.guide.values import posterior_mean
 from tropism.models.load import load_model
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
 from tropism.rewards.load import check_prompts, require_gradient
+from tropism.rewards.workers import InWorkers
 from tropism.run import guided_report, request
 from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, overrides, set_up
 from tropism.run.guided import Piece, Plan, run_pieces
@@ -72,6 +75,7 @@ def guide(
     group: int = 64,
     options: Mapping[str, Any] | None = None,
     x0: str = "auto",
+    fixed: str | None = None,
     pool: int = 10,
     eta: float = 1.0,
     height: int | None = None,
@@ -81,6 +85,8 @@ def guide(
     scheduler: Sequence[str] = (),
     seed: int = 0,
     max_batch: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
@@ -97,8 +103,9 @@ def guide(
     samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each. group: samples of one
     prompt that are drawn together, and compete where a method lets them.
     options: the method's own hyperparameters by name (see its function). x0: what a noisy state is judged by: auto, mean, argmax, sample
-    or soft. pool: plain samples drawn for every guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and
-    best-of-n. max_batch: rows in memory at a time. callback(piece, pieces) is called after each piece.
+    or soft. fixed: letters that must stay, of a sequence model: one a place, a dot where anything may stand, "AUG" for the first three. pool: plain samples drawn for every guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and
+    best-of-n. max_batch: rows in memory at a time. workers: processes that a slow reward runs in, each sample with a limit of `timeout`
+    seconds (over it, -inf); 0 is none. callback(piece, pieces) is called after each piece.
     Raises UserError for anything that cannot be, before the first sample where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "dry_run", "command")}
@@ -113,7 +120,7 @@ def guide(
             f"eta is 0, a deterministic sampler: all candidates of a step would be equal, and {method} chooses among them. Use --eta 1."
         )
     reward = reward or _own_reward(model)
-    scored = request.read_reward(reward)
+    scored = request.read_reward(reward) if not workers else _in_workers(reward, workers, timeout)
     if method in BY_GRADIENT:
         require_gradient(scored, f"guide {method}")
     asked = _shared(_prompts(prompts, model), samples, group)
@@ -123,11 +130,17 @@ def guide(
     getattr(loaded, "check_request", lambda *_: None)(hyper["guidance"], [p.negative for p, _ in asked])
     loaded.process.times(hyper["steps"], getattr(loaded, "shape", (1, 1, 1)))
     bound = partial(function, **hyper, **({"value": posterior_mean(x0)} if _has(function, "value") else {}))
+    bound = partial(bound, fixed=(held := _fixed(fixed, loaded)))
     wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
     _check(method, hyper)
     same = {"method": method, **request.identity(model, reward), "seed": str(seed), "hyperparameters": str(hyper)}
-    same |= {"prompts": str([(p.text, p.negative, n) for p, n in asked]), "x0, eta and pool": f"{x0}, {eta:g}, {pool}"}
-    plan = Plan(loaded, scored, bound, asked, seed, max_batch, wide, pool, hyper["steps"], hyper["guidance"], same)
+    same |= {
+        "prompts": str([(p.text, p.negative, n) for p, n in asked]),
+        "x0, eta, pool and fixed places": f"{x0}, {eta:g}, {pool}, {fixed}",
+    }
+    plan = Plan(
+        loaded, scored, bound, asked, seed, max_batch, wide, pool, hyper["steps"], hyper["guidance"], same, held
+    )
     if dry_run:
         return _say_ready(plan)
     prepare = getattr(loaded, "prepare", None)
@@ -140,13 +153,50 @@ def guide(
         told = (method, str(model), weights_of(scored), texts, seed, command, config, recorder.environment, pieces)
         done = guided_report.Finished(*told, letters=tuple(getattr(loaded, "letters", ())))
         page, found = guided_report.write(Path(out), done), guided_report.table(done)
-        recorder.say(guided_report.summary(done, found) + f"\nSee {page}")
+        recorder.say(guided_report.summary(done, found) + _over_time(scored) + f"\nSee {page}")
     return GuidedRun(Path(out), texts, pieces, found)
 
 
 def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:
     """A method's own: the keyword arguments of its function."""
     return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
+
+
+def _in_workers(reward: Any, workers: int, timeout: float) -> Reward:
+    """The reward in processes of its own. Raises UserError for anything but one name."""
+    texts = [reward] if isinstance(reward, str) else reward
+    if not (isinstance(texts, Sequence) and len(texts) == 1 and isinstance(texts[0], str)):
+        raise UserError(
+            "Workers load the reward by its name: give one --reward NAME or file.py:function, without others beside it."
+        )
+    request.read_reward(texts)  # what is wrong with it is said here
+    return InWorkers(texts[0], workers=workers, timeout=timeout)
+
+
+def _over_time(reward: Reward) -> str:
+    """Ends the workers, if there are any, and tells of samples over the limit."""
+    if not isinstance(reward, InWorkers):
+        return ""
+    reward.close()
+    late = reward.timed_out
+    return f"\n{late} rewards exceeded the limit of {reward.timeout:g} s and count as -inf." if late else ""
+
+
+def _fixed(text: str | None, model: Any) -> Tensor | None:
+    """Tokens (L,) that must stay, -1 where anything may stand. Raises UserError for letters and lengths that the model does not have."""
+    if text is None:
+        return None
+    letters = [str(letter) for letter in getattr(model, "letters", ())]
+    if not letters or any(len(letter) != 1 for letter in letters):
+        raise UserError("Only models of sequences with one letter a place hold letters fixed. Leave --fixed out.")
+    length = model.shape[0]
+    odd = sorted({c for c in text if c != "." and c not in letters})
+    if odd or len(text) > length:
+        raise UserError(
+            f"--fixed has {len(text)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} places and the "
+            f"letters {''.join(letters)}, with a dot where anything may stand."
+        )
+    return torch.tensor([letters.index(c) if c != "." else -1 for c in text.ljust(length, ".")])
 
 
 def _check(method: str, hyper: Mapping[str, Any]) -> None:

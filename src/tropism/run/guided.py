@@ -29,7 +29,7 @@ class Plan:
     """What a guided run draws. method: bound to its hyperparameters, (model, reward, batch, n, *, seed, max_batch) -> Guided.
 
     prompts: with the number of samples of each. pool: plain samples for every guided one, 0 for none. steps, guidance: of both.
-    identity: what a resumed run must share with the run it goes on with, by name.
+    fixed: tokens that must stay, of guided and plain samples alike. identity: what a resumed run must share with the run it goes on with, by name.
     """
 
     model: Model
@@ -43,6 +43,7 @@ class Plan:
     steps: int
     guidance: float
     identity: dict[str, str]
+    fixed: Tensor | None = None
 
     def pieces(self) -> list[range]:
         """Runs of prompts with equal numbers of samples, so many that a piece fills about max_batch rows."""
@@ -96,7 +97,13 @@ def draw_piece(plan: Plan, places: range) -> Piece:
     at = torch.tensor(places).repeat_interleave(n)
     twins, pool, plain_costs = found.samples[:0], found.rewards.new_zeros(len(at), 0), {}
     if plan.pool:
-        how = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "max_batch": plan.max_batch}
+        how = {
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "seed": plan.seed,
+            "max_batch": plan.max_batch,
+            "fixed": plan.fixed,
+        }
         plain = best_of_n(plan.model, plan.reward, batch, n * plan.pool, m=1, **how)
         first = torch.arange(len(places))[:, None] * n * plan.pool + torch.arange(n)
         twins, plain_costs = plain.samples[first.flatten()], asdict(plain.costs)

@@ -1,0 +1,91 @@
+"""A slow reward in processes of its own: docking, folding, a simulator. Each sample has a time limit; who exceeds it scores -inf.
+
+A sample that takes minutes, or a program that never ends, must not stop a run: its process is ended, the sample counted, and the run
+goes on.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import TimeoutError as TimedOut
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.core import Batch, Reward, UserError, scored
+
+
+@cache
+def _loaded(text: str) -> Reward:
+    from tropism.rewards.load import load_rewards
+
+    torch.set_num_threads(1)
+    return load_rewards([text])
+
+
+def _one(text: str, sample: Any, prompt: str, meta: dict) -> float:
+    """In a worker: one sample's score by the reward that `text` names."""
+    batch = Batch([prompt], meta=[meta])
+    return scored(_loaded(text), torch.from_numpy(sample)[None], batch)[0].item()
+
+
+class InWorkers:
+    """`--reward TEXT` in worker processes, a sample at a time. It has no gradient. `timed_out` counts samples over the limit.
+
+    workers: processes. timeout: seconds a sample. The reward is loaded anew in every worker, by its name or file.py:function, so it must
+    not need anything that only this process has. Raises UserError for numbers that cannot be, and for an exception of the reward's.
+    """
+
+    differentiable = False
+
+    def __init__(self, text: str, *, workers: int, timeout: float):
+        if workers < 1 or not timeout > 0:
+            raise UserError(
+                f"workers is {workers} and timeout is {timeout}; they must be at least 1 and above 0 seconds."
+            )
+        self.text, self.name, self.workers, self.timeout = text, text.rpartition("=")[0] or text, workers, timeout
+        self.timed_out = 0
+        self._pool: Any = None
+
+    def _running(self) -> Any:
+        if self._pool is None:
+            try:
+                from pebble import ProcessPool
+            except ImportError as error:
+                raise UserError(
+                    'Rewards in workers need pebble, which is not installed: pip install "tropism[workers]".'
+                ) from error
+            import multiprocessing
+
+            self._pool = ProcessPool(max_workers=self.workers, context=multiprocessing.get_context("spawn"))
+        return self._pool
+
+    def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
+        rows, meta = samples.detach().cpu().numpy(), batch.meta or [{}] * len(batch)
+        asked = [
+            self._running().schedule(_one, args=(self.text, row, batch.prompts[i], meta[i]), timeout=self.timeout)
+            for i, row in enumerate(rows)
+        ]
+        return torch.tensor([self._answer(future) for future in asked], dtype=torch.float64)
+
+    def _answer(self, future: Any) -> float:
+        try:
+            return future.result()
+        except TimedOut:
+            self.timed_out += 1
+            return -torch.inf
+        except UserError:
+            raise
+        except Exception as error:
+            self.close()
+            raise UserError(
+                f"Reward '{self.name}' failed in a worker: {type(error).__name__}: {error}. Mend it, or leave --workers out."
+            ) from error
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None

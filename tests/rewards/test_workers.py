@@ -1,0 +1,82 @@
+"""Rewards in worker processes: the same numbers, time limits that let the run go on, and clear words."""
+
+import pytest
+import torch
+
+from tropism import commands
+from tropism.core import Batch, UserError
+from tropism.rewards.workers import InWorkers
+
+SLOW = """
+import time
+import torch
+
+def count(tokens, batch):
+    if (tokens == 0).all():
+        time.sleep(60)
+    if (tokens == 1).all():
+        raise ValueError("no such molecule")
+    return (tokens == 2).double().sum(1) + len(batch.prompts[0])
+"""
+
+HANGS = """
+import time
+
+def a(tokens, batch):
+    if int(tokens[0, 0]) == 3:
+        time.sleep(60)
+    return (tokens == 0).double().sum(1)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    made = []
+
+    def make(**options):
+        made.append(InWorkers(f"{tmp_path}/slow.py:count", **{"workers": 2, "timeout": 20, **options}))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def test_the_same_numbers_and_a_limit(slow):
+    reward = slow(timeout=5)
+    tokens = torch.tensor([[2, 2, 0], [0, 0, 0], [2, 1, 0], [3, 3, 3]])
+    found = reward(tokens, Batch(["a", "bb", "ccc", ""]))
+    assert found.tolist() == [3, -torch.inf, 4, 0]
+    assert reward.timed_out == 1
+    assert reward(tokens[:1], Batch(["a"])).tolist() == [3], "the pool goes on after a process was ended"
+
+
+def test_an_exception_is_named(slow):
+    with pytest.raises(UserError, match=r"failed in a worker: ValueError: no such molecule"):
+        slow()(torch.ones(1, 3, dtype=torch.long), Batch(["a"]))
+
+
+def test_numbers_that_cannot_be():
+    for options in ({"workers": 0, "timeout": 1}, {"workers": 1, "timeout": 0}):
+        with pytest.raises(UserError, match="at least 1 and above 0"):
+            InWorkers("jpeg", **options)
+
+
+def test_a_guided_run_with_a_sample_that_never_ends(tmp_path, capsys):
+    """Some sequences hang their reward: they are counted, never chosen, and the run ends."""
+    (tmp_path / "hang.py").write_text(HANGS)
+    run = commands.guide(
+        "best-of-n",
+        model="utr",
+        reward=f"{tmp_path}/hang.py:a",
+        out=tmp_path / "run",
+        samples=4,
+        pool=0,
+        options={"m": 3, "steps": 4},
+        workers=2,
+        timeout=3.0,
+    )
+    samples = torch.cat([p.samples for p in run.pieces])
+    assert (samples[:, 0] != 3).all()
+    assert "exceeded the limit of 3 s" in capsys.readouterr().out
