@@ -205,7 +205,7 @@ def _register(name: str) -> None:
             align_app.command(method)(_method_command(commands.align, method, commands.METHODS[method], BOUND))
     if name == "guide":
         from tropism import commands
-        from tropism.commands.guide import BOUND as OF_GUIDE
+        from tropism.commands.decode import BOUND as OF_GUIDE
 
         for method, function in commands.GUIDES.items():
             guide_app.command(method)(_method_command(commands.guide, method, function, OF_GUIDE))

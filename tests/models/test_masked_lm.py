@@ -8,7 +8,7 @@ from tropism.core import Batch, Draw, UserError
 from tropism.models.load import load_model
 from tropism.models.masked_lm import Convolutions, Independent, MaskedModel, Shape, load, loss, save
 from tropism.process.masked import Masked
-from tropism.worlds import utr
+from tropism.worlds import dna, utr
 
 SMALL = Shape(("A", "C", "G"), 12, hidden=8, kernel=3, dilations=(1, 2), repeats=1)
 P = Masked(3)
@@ -82,3 +82,17 @@ def test_the_bundled_rna_model_is_its_prior():
     torch.testing.assert_close(share, torch.tensor(utr.PRIOR).double(), rtol=0, atol=0.01)
     with pytest.raises(UserError, match=r"utr is a model of token sequences.*Use it with guide"):
         load_model("utr", height=64)
+
+
+def test_the_bundled_dna_model_draws_its_world():
+    """Words, bases and sites of its samples are those of the world; the loss on fresh sequences is below that of single bases."""
+    model = load_model("dna", lora=None)
+    batch = Batch([""] * 128)
+    drawn, real = sample(model, batch, Draw(0, 0, batch.index), steps=64, guidance=1.0), dna.sequences(2000, 10**6)
+    assert torch.corrcoef(torch.stack([dna.words(drawn), dna.words(real)]))[0, 1] > 0.95
+    assert dna.gc(drawn).mean().item() == pytest.approx(dna.gc(real).mean().item(), abs=0.03)
+    t, noise = (torch.arange(256) + 0.5) / 256, torch.randn(256, 200, generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(real.flatten(), minlength=4).double() / real.numel()
+    alone = -(share * share.log()).sum().item()
+    held = loss(model.network, model.process, real[:256], t, noise).item()
+    assert held < alone - 0.02

@@ -1,7 +1,7 @@
 """What the command line does, as Python functions with the same names and arguments."""
 
+from tropism.commands.decode import GUIDES, GuidedRun, guide
 from tropism.commands.examine import doctor
-from tropism.commands.guide import GUIDES, GuidedRun, guide
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
 

@@ -29,7 +29,8 @@ class Plan:
     """What a guided run draws. method: bound to its hyperparameters, (model, reward, batch, n, *, seed, max_batch) -> Guided.
 
     prompts: with the number of samples of each. pool: plain samples for every guided one, 0 for none. steps, guidance: of both.
-    fixed: tokens that must stay, of guided and plain samples alike. identity: what a resumed run must share with the run it goes on with, by name.
+    fixed: tokens that must stay, of guided and plain samples alike.
+    identity: what a resumed run must share with the run it goes on with, by name.
     """
 
     model: Model

@@ -103,9 +103,10 @@ def guide(
     samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each. group: samples of one
     prompt that are drawn together, and compete where a method lets them.
     options: the method's own hyperparameters by name (see its function). x0: what a noisy state is judged by: auto, mean, argmax, sample
-    or soft. fixed: letters that must stay, of a sequence model: one a place, a dot where anything may stand, "AUG" for the first three. pool: plain samples drawn for every guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and
-    best-of-n. max_batch: rows in memory at a time. workers: processes that a slow reward runs in, each sample with a limit of `timeout`
-    seconds (over it, -inf); 0 is none. callback(piece, pieces) is called after each piece.
+    or soft. fixed: letters of a sequence model that must stay, a dot where anything may stand. pool: plain samples drawn for every
+    guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and best-of-n. max_batch: rows in memory at a
+    time. workers: processes that a slow reward runs in, each sample with a limit of `timeout` seconds (over it, -inf); 0 is none.
+    callback(piece, pieces) is called after each piece.
     Raises UserError for anything that cannot be, before the first sample where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in ("model", "reward", "callback", "dry_run", "command")}
@@ -193,8 +194,8 @@ def _fixed(text: str | None, model: Any) -> Tensor | None:
     odd = sorted({c for c in text if c != "." and c not in letters})
     if odd or len(text) > length:
         raise UserError(
-            f"--fixed has {len(text)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} places and the "
-            f"letters {''.join(letters)}, with a dot where anything may stand."
+            f"--fixed has {len(text)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} "
+            f"places and the letters {''.join(letters)}, with a dot where anything may stand."
         )
     return torch.tensor([letters.index(c) if c != "." else -1 for c in text.ljust(length, ".")])
 
