@@ -32,9 +32,10 @@ guide_app = typer.Typer(no_args_is_help=True, help="Draw samples that score high
 app.add_typer(guide_app, name="guide")
 
 HELP = {
-    "model": "Bundled name (shapes), diffusers folder, hub id, or file.py:Class (made without arguments: rank, eta, dtype are its own).",
+    "model": "Bundled name (shapes; guide: dna, utr too), diffusers folder, hub id, or file.py:Class (made without arguments: "
+    "rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
-    "clip:FOLDER, file.py:function.",
+    "clip:FOLDER, file.py:function; for sequences dna-liver, dna-specific, utr-load, gc-window.",
     "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
     "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",

@@ -175,3 +175,12 @@ def test_refreshing_copies_the_better_lineages():
     plain = svdd(MODEL, ones, ONE, 400, m=2, alpha=0.2, **RUN)
     fresh = svdd(MODEL, ones, ONE, 400, m=2, alpha=0.2, refresh=0.3, **RUN)
     assert fresh.rewards.mean() > plain.rewards.mean() + 0.2
+
+
+@pytest.mark.parametrize("mode", ["sample", "argmax", "auto"])
+def test_the_value_of_what_is_decoded_is_its_reward(mode):
+    """Completions of a state without masks are the state."""
+    run = setting(MODEL, ones, ONE, 3, steps=STEPS, guidance=1.0, seed=0, alpha=ALPHA)
+    x = torch.tensor([[0, 1, 1, 3], [1, 1, 1, 1], [2, 2, 0, 0]])
+    v = posterior_mean(mode)(run)(x, 0.5, torch.arange(3), MODEL.predict(x, 0.5))
+    torch.testing.assert_close(v, ones(x))

@@ -307,3 +307,20 @@ def test_letters_that_must_stay(tmp_path):
             commands.guide("svdd", out=tmp_path / "no", fixed=bad, **how)
     with pytest.raises(UserError, match="Only models of sequences"):
         commands.guide("svdd", prompts=PROMPTS, out=tmp_path / "no", fixed="A", **QUICK)
+
+
+def test_pieces_have_noise_of_their_own(tmp_path):
+    """The same prompt twice, in two pieces: two pictures."""
+    same = [PROMPTS[0], PROMPTS[0] + " "]
+    run = commands.guide("svdd", prompts=same, out=tmp_path / "run", **QUICK | {"samples": 2, "max_batch": 1})
+    assert len(run.pieces) == 2
+    assert not torch.equal(run.pieces[0].samples, run.pieces[1].samples)
+
+
+def test_dna_is_guided_and_trained_by_the_same_commands(tmp_path):
+    how = {"samples": 8, "pool": 1, "options": {"m": 3, "steps": 8}}
+    run = commands.guide("svdd", model="dna", out=tmp_path / "run", **how)
+    assert run.table[-1].mean > run.table[0].mean
+    assert "sites/FOXA" in (run.out / "report.html").read_text()
+    commands.pretrain("dna", out=tmp_path / "dna", quick=True)
+    assert (tmp_path / "dna" / "model.safetensors").stat().st_size > 500_000
