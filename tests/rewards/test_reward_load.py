@@ -111,7 +111,7 @@ def test_what_is_not_a_function(mine):
 
 def test_a_gradient_is_required():
     require_gradient(load_reward("jpeg"), "align alignprop")
-    with pytest.raises(UserError, match=r"align alignprop.*jpeg-bytes has none.*--reward jpeg.*svdd.*best-of-n.*ddpo"):
+    with pytest.raises(UserError, match=r"align alignprop.*jpeg-bytes has none.*--reward jpeg.*svdd.*smc.*best-of-n"):
         require_gradient(load_reward("jpeg-bytes"), "align alignprop")
     with pytest.raises(UserError, match="and jpeg-bytes has none"):  # and not the sum as a whole
         require_gradient(load_rewards(["jpeg", "jpeg-bytes=2"]), "align alignprop")

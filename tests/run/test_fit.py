@@ -198,7 +198,7 @@ def simple(function, scalars=None):
 
 def test_loss_without_a_graph(tmp_path):
     weights = trainee.parameters()
-    with pytest.raises(UserError, match=r"no graph.*ddpo"):
+    with pytest.raises(UserError, match=r"no graph.*guide svdd"):
         run(tmp_path / "run", simple(lambda u: (torch.ones(()), torch.ones(8))), weights)
 
 

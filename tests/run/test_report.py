@@ -110,7 +110,7 @@ def test_a_cell_is_crisp_and_a_large_picture_is_reduced():
     "text", ["", "short", "three red circles on the long sand", "x" * 5000, "word " * 999, EVIL, "🌱字" * 99]
 )
 def test_captions_fit(text):
-    font = pictures._font(11)
+    font = pictures.font(11)
     lines = pictures.wrapped(text, 128, font)
     assert 1 <= len(lines) <= 2
     assert all(font.getlength(line) <= 128 for line in lines)
