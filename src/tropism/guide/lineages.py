@@ -186,6 +186,7 @@ def keep(fixed: Tensor, x: Tensor) -> Tensor:
             f"Positions can be held fixed in token sequences of length {x.shape[-1]}, one number a position (-1: free), not "
             f"{tuple(fixed.shape)} for a state of shape {tuple(x.shape[1:])}."
         )
+    fixed = fixed.to(x.device)
     return torch.where(fixed >= 0, fixed, x)
 
 

@@ -73,7 +73,9 @@ def valued(run: Setting, value: Value, x: Tensor, s: float, parents: State | Non
     flat, rows = x.flatten(0, 1), torch.arange(count).repeat_interleave(m)
     timeless = not getattr(run.model, "uses_time", True)
     out = predicted(run, flat, s, rows, parents if timeless else None) if value.predicts and s != TERMINAL else None
-    which, where = _distinct(torch.cat([rows[:, None], flat], 1)) if not flat.is_floating_point() else (rows, None)
+    which, where = (
+        _distinct(torch.cat([rows[:, None], flat.cpu()], 1)) if not flat.is_floating_point() else (rows, None)
+    )
     if where is None:
         which = where = torch.arange(len(flat))
     pieces = [which[at : at + run.max_batch] for at in range(0, len(which), run.max_batch)]
@@ -91,7 +93,7 @@ def predicted(run: Setting, x: Tensor, s: float, rows: Tensor, parents: State | 
     else:
         if parents is not None and known is not None:  # first, so that they are the ones found
             given, rows = torch.cat([parents.x, x]), torch.cat([torch.arange(len(parents.x)), rows])
-        which, where = _distinct(torch.cat([run.groups[rows][:, None], given], 1))
+        which, where = _distinct(torch.cat([run.groups[rows][:, None], given.cpu()], 1))
     old = len(given) - len(x)
     new = which[which >= old]
     run.costs.distinct += len(new)
