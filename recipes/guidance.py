@@ -1,75 +1,215 @@
-"""Guidance without training, by domain: reward quantiles, the hidden oracle, diversity and cost of every method.
+"""Guidance without training, on four domains: reward quantiles, hidden oracle, diversity, naturalness and cost of every method.
 
-    python recipes/guidance.py --domain utr --seeds 0 1 2        25 minutes on one core
-    python recipes/guidance.py --domain dna --seeds 0 1 2
+    python recipes/guidance.py utr --out runs/guidance            one domain: utr, dna, molecules or shapes; seeds 0, 1, 2
+    python recipes/guidance.py --table --out runs/guidance        the tables of what is there
 
-Expected on the median: plain < best-of-N < SVDD at about equal network rows. 256 samples a method and seed, in groups of 64.
-The hidden oracle (gold) never guides. Hardware of the committed table: one core of a cloud CPU.
+256 samples a method and seed, one core; what is finished is kept in OUT/<domain>.jsonl and not drawn again. The gold oracle never guides.
+Equal network rows: no method takes more than SVDD with 10 children; SMC and nested draw more particles than are kept, best-of-N takes N by
+order statistics from one pool of plain samples (in thirds, for the spread). Naturalness: the masked bound in nats a token under the plain
+model (lower is more natural); for pictures the share that show all their prompt says.
 """
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from tropism.core import Batch
 from tropism.guide.best_of_n import best_of_n
 from tropism.guide.dps import dps
+from tropism.guide.learned import LatentValue, TokenValue, fitted, learned, roll_outs
 from tropism.guide.nested import nested
 from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
 from tropism.models.load import load_model
+from tropism.models.masked_lm import bounds
+from tropism.prompts.batches import train_and_held_out
 from tropism.rewards.load import load_reward
-from tropism.run.guided_tokens import MEASURES, diversity
+from tropism.run import evaluate, guided_molecules, guided_tokens
+from tropism.run.guided_report import best_of, quantiles
+from tropism.worlds import shapes, taste
 
 DOMAINS = {
-    "utr": {"reward": "utr-load", "steps": 32, "n": 6, "alpha": 0.03, "scale": None},
-    "dna": {"reward": "dna-liver", "steps": 32, "n": 10, "alpha": 0.05, "scale": 20.0},
+    "utr": {"reward": "utr-load", "steps": 32, "alpha": 0.03, "pool": 10_000},
+    "dna": {"reward": "dna-liver", "steps": 24, "alpha": 0.05, "pool": 10_000, "gradient": "dna-liver", "scale": 20.0},
+    "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000},
+    "shapes": {"reward": "jpeg-bytes", "steps": 8, "alpha": 0.05, "pool": 500, "gradient": "jpeg", "scale": 0.1},
 }
-"""n: of best-of-N, so that its network rows are about those of SVDD with 10 children."""
-GROUPS, EACH = 4, 64
+"""pool: plain samples of every prompt. scale: of DPS."""
+M, SAMPLES, ROLL_OUTS = 10, 256, 512
 
 
-def methods(how):
-    """Each with its own hyperparameters."""
-    yield "plain", best_of_n, {"m": 1}
-    yield f"best of {how['n']}", best_of_n, {"m": how["n"]}
-    if how["scale"]:
-        yield "DPS", dps, {"scale": how["scale"]}
-    yield "SMC (FK diff)", smc, {"alpha": how["alpha"]}
-    yield "nested, M = 4", nested, {"m": 4, "alpha": how["alpha"]}
-    yield "SVDD-PM, M = 10", svdd, {"m": 10}
+class Domain:
+    """A bundled model with its reward, its prompts and what measures it."""
+
+    def __init__(self, name):
+        self.name, self.how, self.pictures = name, DOMAINS[name], name == "shapes"
+        own = {"eta": 1.0} if self.pictures else {}
+        self.model, self.reward = load_model(name, lora=None, **own), load_reward(self.how["reward"])
+        prompts = [p.text for p in train_and_held_out(None, None, name)[1][:16]] if self.pictures else [""]
+        self.groups = Batch(prompts if self.pictures else [""] * 4)
+        self.alone, self.each = Batch(prompts), SAMPLES // len(self.groups)
+        self.fixed = {"steps": self.how["steps"], "guidance": self.model.guidance, "max_batch": 256}
+
+    def measures(self, samples, prompts):
+        """(gold, diversity, naturalness, distinct)."""
+        distinct = len(samples.flatten(1).unique(dim=0)) / len(samples)
+        if self.pictures:
+            seen = shapes.accuracy(samples, prompts)["all"].double().mean().item()
+            return taste.gold(samples).double().mean().item(), evaluate.diversity(samples, self.each), seen, distinct
+        gold = guided_tokens.MEASURES[self.name](samples)["gold"].nanmean().item()
+        if self.name == "molecules":
+            found = guided_molecules.together(samples)
+            return gold, found["diversity (1 - Tanimoto)"], self.bound(samples), found["distinct molecules"]
+        return gold, guided_tokens.diversity(samples), self.bound(samples), distinct
+
+    def bound(self, samples, draws=16):
+        """Masked bound, nats a token."""
+        found = []
+        for k in range(draws):
+            generator = torch.Generator().manual_seed(k)
+            t = (torch.arange(len(samples)) + torch.rand(1, generator=generator)) / len(samples)
+            noise = torch.randn(samples.shape, generator=generator)
+            with torch.no_grad():
+                found.append(bounds(self.model.network, self.model.process, samples, t.clamp_min(0.01), noise).mean())
+        return torch.stack(found).mean().item()
+
+    def judge(self, seed):
+        """(a learned value, rows and rewards its roll-outs took)."""
+        before = self.model.calls["network"]
+        each = ROLL_OUTS // len(self.alone)
+        data = roll_outs(self.model, self.reward, self.alone, each, seed=seed, **self.fixed)
+        rows, mean, scale = self.model.calls["network"] - before, data.rewards.mean(), data.rewards.std()
+        torch.manual_seed(seed)
+        shape, span = data.states.shape[2:], data.times[0]
+        network = LatentValue(shape, span) if self.pictures else TokenValue(len(self.model.letters))
+        data = type(data)(data.states, data.times, (data.rewards - mean) / scale)
+        fitted(network, data, alpha=self.how["alpha"] / scale.item(), loss="mean", seed=seed)
+        return learned(lambda x, t: mean + scale * network(x, t).double()), rows, ROLL_OUTS
+
+    def methods(self, seed):
+        """(name, function, options, particles drawn for each that is kept, gradient reward or None, what it cost before)."""
+        alpha = self.how["alpha"]
+        yield "SVDD-PM", svdd, {"m": M}, 1, None, (0, 0)
+        value, *before = self.judge(seed)
+        yield "SVDD-MC", svdd, {"m": M, "value": value}, 1, None, before
+        yield "nested, M = 4", nested, {"m": 4, "alpha": alpha}, 2, None, (0, 0)
+        yield "SMC", smc, {"alpha": alpha}, 8, None, (0, 0)
+        if "gradient" in self.how:
+            yield "DPS", dps, {"scale": self.how["scale"]}, 1, self.how["gradient"], (0, 0)
+
+    def run(self, function, options, times, gradient, before, seed):
+        """One row of the table."""
+        guiding = load_reward(gradient) if gradient else self.reward
+        began, every = time.perf_counter(), self.each * times
+        found = function(self.model, guiding, self.groups, every, seed=seed, **self.fixed, **options)
+        order = torch.Generator().manual_seed(seed)
+        groups = torch.arange(len(found.samples)).reshape(-1, every)
+        kept = torch.cat([g[torch.randperm(every, generator=order)[: self.each]] for g in groups])
+        samples, rewards = found.samples[kept], found.rewards[kept]
+        if gradient:
+            rewards = self.reward(samples, found.batch[kept]).double()
+        seconds, cost = time.perf_counter() - began, found.costs
+        passes = cost.network + 2 * cost.backward + before[0]
+        return {
+            "quantiles": quantiles(rewards),
+            "measures": self.measures(samples, [found.batch.prompts[i] for i in kept.tolist()]),
+            "rows": passes / SAMPLES,
+            "rewards": (cost.rewards_computed + before[1]) / SAMPLES,
+            "seconds": seconds,
+        }
+
+    def pool(self, out):
+        """Rewards (groups, thirds, pool / 3) of plain samples, rows a sample, and the measures of the first 256."""
+        file = out / f"{self.name}-pool.pt"
+        if not file.exists():
+            began, size, rewards, samples, rows = time.perf_counter(), self.how["pool"], [], None, 0
+            for at in range(0, size, 500):
+                part = best_of_n(
+                    self.model, self.reward, self.alone, min(500, size - at), m=1, seed=1000 + at, **self.fixed
+                )
+                rewards.append(part.rewards.reshape(len(self.alone), -1))
+                rows += part.costs.network
+                if samples is None:
+                    first = torch.arange(len(self.alone))[:, None] * min(500, size) + torch.arange(
+                        SAMPLES // len(self.alone)
+                    )
+                    samples = part.samples[first.flatten()]
+            texts = [p for p in self.alone.prompts for _ in range(SAMPLES // len(self.alone))]
+            pooled = torch.cat(rewards, 1)
+            measured, seconds = self.measures(samples, texts), time.perf_counter() - began
+            torch.save((pooled, rows / pooled.numel(), measured, seconds), file)
+        return torch.load(file)
 
 
-def measured(domain, how, function, options, seed):
-    """(q10, q50, q90, gold, diversity, distinct, rows a sample, rewards computed a sample, seconds) of 256 samples."""
-    model, reward = load_model(domain, lora=None), load_reward(how["reward"])
-    began = time.perf_counter()
-    found = function(model, reward, Batch([""] * GROUPS), EACH, steps=how["steps"], seed=seed, **options)
-    seconds, total = time.perf_counter() - began, GROUPS * EACH
-    quantiles = found.rewards.quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
-    gold = MEASURES[domain](found.samples)["gold"].double().mean().item()
-    distinct = len(found.samples.unique(dim=0)) / total
-    rows, rewards = found.costs.network / total, found.costs.rewards_computed / total
-    return (*quantiles, gold, diversity(found.samples), distinct, rows, rewards, seconds)
+def draw(name, seeds, out):
+    """All that is missing of a domain."""
+    domain, file = Domain(name), out / f"{name}.jsonl"
+    domain.pool(out)
+    done = {(r["method"], r["seed"]) for r in read(file)}
+    for seed in seeds:
+        for method, *how in domain.methods(seed):
+            if (method, seed) not in done:
+                with file.open("a") as f:
+                    f.write(json.dumps({"method": method, "seed": seed, **domain.run(*how, seed)}) + "\n")
+                print(file.read_text().splitlines()[-1], flush=True)
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def spread(values, digits=3):
+    """Mean, and the standard deviation over seeds."""
+    return f"{statistics.mean(values):.{digits}g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
+
+
+def line(name, quantile, measures, rows, rewards):
+    """quantile: (seeds, 3); measures: (seeds, 4) or None."""
+    cells = [spread(v) for v in zip(*quantile, strict=True)]
+    cells += [spread(v) for v in zip(*measures, strict=True)] if measures else ["", "", "", ""]
+    print(f"| {name} | " + " | ".join(cells) + f" | {rows:.3g} | {rewards:.3g} |")
+
+
+def table(name, out):
+    """One domain as Markdown."""
+    rows, (pool, plain_rows, measured, _) = read(out / f"{name}.jsonl"), torch.load(out / f"{name}-pool.pt")
+    size = pool.shape[1] // 3
+    thirds = [pool[:, i * size : (i + 1) * size] for i in range(3)]
+    natural = "shows its prompt" if name == "shapes" else "nats a token"
+    print(f"\n{name}, {DOMAINS[name]['reward']}, {DOMAINS[name]['steps']} steps\n")
+    print(
+        f"| method | q10 | median | q90 | gold | diversity | {natural} | distinct | network rows | rewards |\n|---|{'---:|' * 9}"
+    )
+    line("plain", [quantiles(p.flatten()) for p in thirds], [measured], plain_rows, 1)
+    main = [r for r in rows if r["method"] == "SVDD-PM"]
+    budget, asked = (statistics.mean(r[k] for r in main) for k in ("rows", "rewards"))
+    for n, what in ((budget / plain_rows, "equal rows"), (asked, "equal rewards of SVDD-PM")):
+        mark = "" if n <= size else ", extrapolated: at least"
+        line(f"best of {n:.3g} ({what}{mark})", [quantiles(*best_of(p, n)) for p in thirds], None, n * plain_rows, n)
+    for method in dict.fromkeys(r["method"] for r in rows):
+        each = [r for r in rows if r["method"] == method]
+        cost = (statistics.mean(r[k] for r in each) for k in ("rows", "rewards"))
+        line(method, [r["quantiles"] for r in each], [r["measures"] for r in each], *cost)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--domain", choices=DOMAINS, default="utr")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("domain", nargs="*", metavar="DOMAIN")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/guidance"))
+    parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print("| method | q10 | median | q90 | gold | diversity | distinct | rows | rewards computed | seconds |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for name, function, options in methods(DOMAINS[asked.domain]):
-        each = [measured(asked.domain, DOMAINS[asked.domain], function, options, seed) for seed in asked.seeds]
-        cells = [
-            f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" if len(v) > 1 else f"{v[0]:.4g}"
-            for v in zip(*each, strict=True)
-        ]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for name in asked.domain:
+        draw(name, asked.seeds, asked.out)
+    for name in DOMAINS:
+        if asked.table and (asked.out / f"{name}.jsonl").exists():
+            table(name, asked.out)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ guide_app = typer.Typer(no_args_is_help=True, help="Draw samples that score high
 app.add_typer(guide_app, name="guide")
 
 HELP = {
-    "model": "Bundled name (shapes; guide: dna, utr too), diffusers folder, hub id, or file.py:Class (made without arguments: "
+    "model": "Bundled name (shapes; guide: dna, utr, molecules too), diffusers folder, hub id, or file.py:Class (made without arguments: "
     "rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
-    "clip:FOLDER, file.py:function; for sequences dna-liver, dna-specific, utr-load, gc-window.",
+    "clip:FOLDER, file.py:function; for sequences dna-liver, dna-specific, utr-load, gc-window; for "
+    "molecules qed, sa, logp-window, pharmacophore, dock:COMMAND.",
     "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
     "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",
@@ -74,11 +75,15 @@ HELP = {
     "doctor": "Prove first that the gradient arrives (seconds).",
     "gpu": "Card sizes in GB to fit into, repeatable.",
     "guidance": "Guidance (default: the model's own).",
-    "x0": "What a noisy state is judged by: auto, mean, argmax, sample or soft.",
+    "value": "What a noisy state is judged by: auto, mean, argmax, sample, soft, or learned (roll-outs first).",
+    "roll_outs": "Plain samples that a learned value is fitted to.",
+    "value_loss": "Of a learned value: auto, mean, soft or linex.",
     "steps": "Denoising steps (default: the model's own).",
     "truncation": "Which steps carry a gradient: K (the last K), full, suffix-uniform, suffix-gaussian, bernoulli, bernoulli-released.",
     "detach_input": "DRTune's stop-gradient on the network's input.",
 }
+FLAGS = {"run": "--from"}
+"""Flags that are not called as their argument."""
 HIDDEN = ("method", "options", "command", "callback")
 
 
@@ -99,6 +104,11 @@ def _documented(function: Callable) -> dict[str, str]:
 
 
 def _flag(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
+    if name in FLAGS:
+        option = typer.Option(FLAGS[name], help=text)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
     option = (
         typer.Option(f"--{name.replace('_', '-')}", help=text)
         if kind is not bool
@@ -181,6 +191,17 @@ def _method_command(command: Callable, method: str, function: Callable, bound: t
     return run
 
 
+def _plain_command(function: Callable) -> Callable:
+    """A command whose flags are its function's."""
+
+    def run(**values: Any) -> None:
+        function(command=_command_line(), **values)
+
+    run.__signature__ = inspect.Signature(_flags(function, HIDDEN))  # type: ignore[attr-defined]
+    run.__doc__ = (function.__doc__ or "").splitlines()[0]
+    return run
+
+
 def _optional(annotation: Any) -> Any:
     """Unset flags of a method are None, so that a model's own defaults can step in."""
     kind, option = typing.get_args(annotation)
@@ -204,6 +225,7 @@ def _register(name: str) -> None:
 
         for method in commands.METHODS:
             align_app.command(method)(_method_command(commands.align, method, commands.METHODS[method], BOUND))
+        align_app.command("distil")(_plain_command(commands.distil))
     if name == "guide":
         from tropism import commands
         from tropism.commands.decode import BOUND as OF_GUIDE
@@ -278,8 +300,26 @@ def mix(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders of guide, align and align distil; a guided one first.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the page.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
+    dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
+    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
+) -> None:
+    """Guided and trained runs on one page, with both costs: when is training needed at all?"""
+    from tropism import commands
+
+    how = {"overwrite": overwrite, "device": device, "dtype": dtype, "threads": threads}
+    commands.compare(runs, out=out, command=_command_line(), **how)
+
+
+@app.command()
 def pretrain(
-    world: Annotated[str, typer.Argument(help="shapes")] = "shapes",
+    world: Annotated[str, typer.Argument(help="shapes, dna or molecules.")] = "shapes",
     out: Annotated[Path, typer.Option(help="Where checkpoints and the finished networks go.")] = Path("runs/pretrain"),
     quick: Annotated[bool, typer.Option(help="A few updates of every stage, to see that it works.")] = False,
     threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,

@@ -1,8 +1,25 @@
 """What the command line does, as Python functions with the same names and arguments."""
 
+from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
+from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
 
-__all__ = ["GUIDES", "METHODS", "GuidedRun", "Run", "align", "demo", "doctor", "export", "guide", "mix", "pretrain"]
+__all__ = [
+    "GUIDES",
+    "METHODS",
+    "Distilled",
+    "GuidedRun",
+    "Run",
+    "align",
+    "compare",
+    "demo",
+    "distil",
+    "doctor",
+    "export",
+    "guide",
+    "mix",
+    "pretrain",
+]

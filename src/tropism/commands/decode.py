@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tropism.rewards.workers import InWorkers
 from tropism.run import guided_report, request
 from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, overrides, set_up
 from tropism.run.guided import Piece, Plan, run_pieces
+from tropism.run.guided_value import check as check_lesson
+from tropism.run.guided_value import learnt
 from tropism.run.products import weights_of
 from tropism.run.record import Recorder
 from tropism.run.report import spread
@@ -44,7 +47,7 @@ GUIDES: dict[str, Callable[..., Guided]] = {
     "blockwise": blockwise,
     "refine": refine,
 }
-DEFAULT_REWARDS = {"dna": "dna-liver", "utr": "utr-load"}
+DEFAULT_REWARDS = {"dna": "dna-liver", "utr": "utr-load", "molecules": "qed"}
 """Of the bundled models that need no prompt."""
 BY_GRADIENT = ("dps", "twisted")
 ANY_SAMPLER = ("dps", "best-of-n")
@@ -74,7 +77,9 @@ def guide(
     samples: int = 64,
     group: int = 64,
     options: Mapping[str, Any] | None = None,
-    x0: str = "auto",
+    value: str = "auto",
+    roll_outs: int = 512,
+    value_loss: str = "auto",
     fixed: str | None = None,
     pool: int = 10,
     eta: float = 1.0,
@@ -102,10 +107,12 @@ def guide(
     but for dps and twisted. prompts: as for `align`, all of them used; default the bundled model's held-out ones.
     samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each. group: samples of one
     prompt that are drawn together, and compete where a method lets them.
-    options: the method's own hyperparameters by name (see its function). x0: what a noisy state is judged by: auto, mean, argmax, sample
-    or soft. fixed: letters of a sequence model that must stay, a dot where anything may stand. pool: plain samples drawn for every
-    guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and best-of-n. max_batch: rows in memory at a
-    time. workers: processes that a slow reward runs in, each sample with a limit of `timeout` seconds (over it, -inf); 0 is none.
+    options: the method's own hyperparameters by name (see its function). value: what a noisy state is judged by, the reward of the clean
+    samples it promises (mean, argmax, sample or soft; auto chooses), or "learned", a network fitted by value_loss (mean, soft or linex;
+    auto: linex where alpha is above 0, else mean) to the rewards of `roll_outs` plain samples first. fixed: letters (or [tokens]) of a
+    sequence model that must stay, a dot where anything may stand. pool: plain samples drawn for every guided one, to compare with; 0
+    for none. eta: noise of the sampler; 0 only for dps and best-of-n. max_batch: rows in memory at a time. workers: processes that a
+    slow reward runs in, each sample with a limit of `timeout` seconds (over it, -inf); 0 is none.
     callback(piece, pieces) is called after each piece.
     Raises UserError for anything that cannot be, before the first sample where possible.
     """
@@ -128,17 +135,17 @@ def guide(
     check_prompts(scored, [p.text for p, _ in asked])
     loaded = _model(model, settings) if isinstance(model, str) else model
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
-    getattr(loaded, "check_request", lambda *_: None)(hyper["guidance"], [p.negative for p, _ in asked])
-    loaded.process.times(hyper["steps"], getattr(loaded, "shape", (1, 1, 1)))
-    bound = partial(function, **hyper, **({"value": posterior_mean(x0)} if _has(function, "value") else {}))
-    bound = partial(bound, fixed=(held := _fixed(fixed, loaded)))
+    _check(method, hyper, loaded, asked)
+    bound = _judged(function, method, hyper, value, roll_outs, value_loss)
     wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
-    _check(method, hyper)
+    held = _fixed(fixed, loaded)
     same = {"method": method, **request.identity(model, reward), "seed": str(seed), "hyperparameters": str(hyper)}
     same |= {
         "prompts": str([(p.text, p.negative, n) for p, n in asked]),
-        "x0, eta, pool and fixed places": f"{x0}, {eta:g}, {pool}, {fixed}",
+        "value": f"{value}, {roll_outs}, {value_loss}" if value == "learned" else value,
+        "eta, pool and fixed places": f"{eta:g}, {pool}, {fixed}",
     }
+    bound = partial(bound, fixed=held)
     plan = Plan(
         loaded, scored, bound, asked, seed, max_batch, wide, pool, hyper["steps"], hyper["guidance"], same, held
     )
@@ -149,10 +156,15 @@ def guide(
         prepare([p.text for p, _ in asked], [p.negative for p, _ in asked])
     config = request.as_plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": hyper})
     with Recorder(out, config, resume=resume, overwrite=overwrite) as recorder:
+        before: dict[str, int] = {}
+        if value == "learned":
+            file = Path(out) / "value.safetensors"
+            judge, before = learnt(plan, roll_outs, value_loss, hyper.get("alpha", 0.0), file, recorder)
+            plan = replace(plan, method=partial(plan.method, value=judge))
         pieces = run_pieces(plan, Path(out), recorder, callback)
         texts = [asked[i][0].text for piece in pieces for i in piece.prompts.tolist()]
         told = (method, str(model), weights_of(scored), texts, seed, command, config, recorder.environment, pieces)
-        done = guided_report.Finished(*told, letters=tuple(getattr(loaded, "letters", ())))
+        done = guided_report.Finished(*told, letters=tuple(getattr(loaded, "letters", ())), before=before)
         page, found = guided_report.write(Path(out), done), guided_report.table(done)
         recorder.say(guided_report.summary(done, found) + _over_time(scored) + f"\nSee {page}")
     return GuidedRun(Path(out), texts, pieces, found)
@@ -188,23 +200,38 @@ def _fixed(text: str | None, model: Any) -> Tensor | None:
     if text is None:
         return None
     letters = [str(letter) for letter in getattr(model, "letters", ())]
-    if not letters or any(len(letter) != 1 for letter in letters):
-        raise UserError("Only models of sequences with one letter a place hold letters fixed. Leave --fixed out.")
-    length = model.shape[0]
-    odd = sorted({c for c in text if c != "." and c not in letters})
-    if odd or len(text) > length:
+    if not letters:
+        raise UserError("Only models of token sequences hold tokens fixed. Leave --fixed out.")
+    length, places = model.shape[0], re.findall(r"\[[^\]]*\]|.", text)
+    odd = sorted({c for c in places if c != "." and c not in letters})
+    if odd or len(places) > length:
         raise UserError(
-            f"--fixed has {len(text)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} "
+            f"--fixed has {len(places)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} "
             f"places and the letters {''.join(letters)}, with a dot where anything may stand."
         )
-    return torch.tensor([letters.index(c) if c != "." else -1 for c in text.ljust(length, ".")])
+    places += ["."] * (length - len(places))
+    return torch.tensor([letters.index(c) if c != "." else -1 for c in places])
 
 
-def _check(method: str, hyper: Mapping[str, Any]) -> None:
-    """Raises UserError for numbers that the method would refuse, before anything is written."""
+def _check(method: str, hyper: Mapping[str, Any], model: Any, asked: Sequence[tuple[Prompt, int]]) -> None:
+    """Raises UserError for numbers that the method or the model would refuse, before anything is written."""
+    getattr(model, "check_request", lambda *_: None)(hyper["guidance"], [p.negative for p, _ in asked])
+    model.process.times(hyper["steps"], getattr(model, "shape", (1, 1, 1)))
     at_least_one(**{n: hyper[n] for n in ("m", "block", "every") if n in hyper})
     check_alpha(hyper.get("alpha", 0.0), positive=method in WEIGHTED)
     finite_numbers(**{n: hyper[n] for n in ("guidance", "scale", "gamma", "threshold") if n in hyper})
+
+
+def _judged(
+    function: Callable[..., Guided], method: str, hyper: Mapping[str, Any], value: str, roll_outs: int, loss: str
+) -> Callable[..., Guided]:
+    """The method with its hyperparameters and its value, unless that is learnt first. Raises UserError for values that cannot be."""
+    if value != "learned":
+        return partial(function, **hyper, **({"value": posterior_mean(value)} if _has(function, "value") else {}))
+    if not _has(function, "value"):
+        raise UserError(f"{method} judges no noisy states, so it has no use for a learned value. Leave --value out.")
+    check_lesson(roll_outs, loss, hyper.get("alpha", 0.0))
+    return partial(function, **hyper)
 
 
 def _has(function: Callable, name: str) -> bool:

@@ -221,12 +221,12 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     from tropism.run import pretrain as generator
     from tropism.run import pretrain_loop, pretrain_rewards, pretrain_sequences
 
-    known(world, (*BUNDLED, "dna"), "world")
+    known(world, (*BUNDLED, *pretrain_sequences.RECIPES), "world")
     if Path(out).is_file():
         raise UserError(f"{out} is a file, but the networks need a folder. Choose another --out.")
     set_up("cpu", "float32", threads)
-    if world == "dna":
-        pretrain_sequences.dna_world(Path(out), **({"updates": 4, "batch": 4} if quick else {}))
+    if world in pretrain_sequences.RECIPES:
+        pretrain_sequences.sequence_world(world, Path(out), **({"updates": 4, "batch": 4} if quick else {}))
         return Path(out)
     lengths = pretrain_loop.QUICK if quick else pretrain_loop.Lengths()
     vae, tokenizer = generator.shapes_world(Path(out), lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tropism.core import Batch, Model, Reward
 from tropism.guide.lineages import Guided, begin, check_alpha, check_counts, setting
-from tropism.guide.steps import children, chosen, finished, in_chunks, rewarded, transition
+from tropism.guide.steps import finished, in_chunks, plain_step, rewarded
 from tropism.guide.svdd import pick
 
 
@@ -36,7 +36,7 @@ def best_of_n(
 
     m: samples drawn for each that is kept. alpha: above 0, one of the m is kept with probability proportional to exp(r / alpha), soft
     best-of-n. pooled: the best n of all n m of a prompt, as the paper of SVDD has it.
-    Cost: steps m rows and m rewards a sample. Raises UserError for counts below 1.
+    Cost, where no two states are equal: steps m rows and m rewards a sample. Raises UserError for counts below 1.
     """
     check_counts(m=m)
     check_alpha(alpha)
@@ -53,11 +53,8 @@ def best_of_n(
         fixed=fixed,
     )
     state = begin(run)
-    for i in run.running:
-        kernel, state = transition(run, state)
-        x = children(run, kernel, i, 1)
-        nothing = torch.zeros(len(x), dtype=torch.long)
-        state = chosen(state, x, nothing[:, None], None, nothing)
+    for _ in run.running:
+        state = plain_step(run, state)
     every = torch.arange(len(state.x))
     decoded = lambda rows: run.model.decode(run.model.process.complete(state.x[rows], state.x[rows]))
     r = in_chunks(run, lambda rows: rewarded(run, decoded(rows), every[rows]), len(every))

@@ -10,8 +10,10 @@ Source: SVDD, arXiv 2408.08252, algorithm 3; the Linex loss: Bayesian estimation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from tropism.core import TERMINAL, Batch, Model, Reward, UserError, generator
 from tropism.core import Stream as Streams
 from tropism.guide.lineages import Setting, ValueOf, begin, setting
-from tropism.guide.steps import children, chosen, in_chunks, rewarded, transition
+from tropism.guide.steps import in_chunks, plain_step, rewarded
 from tropism.guide.values import at_the_end
 
 LOSSES = ("mean", "soft", "linex")
@@ -59,17 +61,15 @@ def roll_outs(
     guidance: float = 1.0,
     seed: int = 0,
     max_batch: int = 256,
+    fixed: Tensor | None = None,
 ) -> RollOuts:
-    """n plain chains of each prompt with every state on the way. Cost: steps rows and one reward each."""
-    run = setting(model, reward, batch, n, steps=steps, guidance=guidance, seed=seed, max_batch=max_batch)
+    """n plain chains of each prompt with every state on the way. Cost, where no two states are equal: steps rows and one reward each."""
+    run = setting(model, reward, batch, n, steps=steps, guidance=guidance, seed=seed, max_batch=max_batch, fixed=fixed)
     run = replace(run, draw=replace(run.draw, update=2**30))  # none of the noise of guided runs
     state, seen = begin(run), []
-    for i in run.running:
-        seen.append(state.x)
-        kernel, state = transition(run, state)
-        x = children(run, kernel, i, 1)
-        nothing = torch.zeros(len(x), dtype=torch.long)
-        state = chosen(state, x, nothing[:, None], None, nothing)
+    for _ in run.running:
+        seen.append(state.x.cpu())
+        state = plain_step(run, state)
     every = torch.arange(len(state.x))
     clean = run.model.process.complete(state.x, state.x)
     found = in_chunks(run, lambda rows: rewarded(run, run.model.decode(clean[rows]), every[rows]), len(every))
@@ -151,3 +151,22 @@ class TokenValue(nn.Module):
         for layer in self.layers:
             h = h + nn.functional.gelu(layer(h))
         return self.head(torch.cat([h.mean(-1), h.amax(-1)], 1))[:, 0]
+
+
+class LatentValue(nn.Module):
+    """A small judge of continuous states with their times in [0, span]: convolutions over (C, H, W), else a perceptron over all numbers."""
+
+    def __init__(self, shape: Sequence[int], span: float = 1.0, hidden: int = 32):
+        super().__init__()
+        self.span = span
+        if len(shape) == 3:
+            widths = [shape[0], hidden, 2 * hidden, 2 * hidden]
+            layers = [m for a, b in pairwise(widths) for m in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU())]
+            self.body, width = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 8 * hidden
+        else:
+            self.body, width = nn.Sequential(nn.Flatten(), nn.Linear(prod(shape), 4 * hidden), nn.GELU()), 4 * hidden
+        self.head = nn.Sequential(nn.Linear(width + 2, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, 1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        share = (t.float() / self.span)[:, None]
+        return self.head(torch.cat([self.body(x.float()), share, share**2], 1))[:, 0]

@@ -134,6 +134,17 @@ def rewarded(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([run.seen[key] for key in keys])
 
 
+@torch.no_grad()
+def plain_step(run: Setting, state: State) -> State:
+    """One step of every lineage as the model draws it, nothing chosen; outputs of equal token states are used again, as elsewhere."""
+    kernel, state = transition(run, state)
+    x, s = children(run, kernel, state.step, 1)[:, 0], run.times[state.step + 1]
+    out = None
+    if s != TERMINAL and not x.is_floating_point():
+        out = predicted(run, x, s, torch.arange(len(x)), None if getattr(run.model, "uses_time", True) else state)
+    return replace(state, x=x, out=out, step=state.step + 1)
+
+
 def chosen(state: State, x: Tensor, v: Tensor, out: Tensor | None, best: Tensor) -> State:
     """The state one step on, with child best (P,) of the children x (P, M, *S) and their values and outputs."""
     row = torch.arange(len(best))

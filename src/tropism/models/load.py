@@ -17,7 +17,7 @@ from tropism.models.latent import Latent
 from tropism.worlds import utr, weights
 
 BUNDLED = {"shapes": "shapes/model"}
-TOKENS = ("dna", "utr")
+TOKENS = ("dna", "utr", "molecules")
 """Bundled models of token sequences."""
 OWN = {"shapes": {"steps": 8, "guidance": 2.0}}
 """Steps and guidance of the bundled models, which their families' would not suit."""
@@ -40,17 +40,26 @@ def _own(spec: str, options: Mapping[str, Any]) -> Model:
 
 
 def _tokens(name: str, options: Mapping[str, Any]) -> Model:
-    """A bundled model of token sequences. Raises UserError for options of picture models."""
-    odd = [k for k in ("height", "width", "quantize", "full") if options.get(k)]
+    """A model of token sequences: a bundled one, or a file of weights.
+
+    Raises UserError for options of picture models.
+    """
+    odd = [k for k in ("height", "width", "quantize") if options.get(k)]
     if odd or options.get("lora") is not None:
         raise UserError(
             f"{name} is a model of token sequences; it has no {', '.join(odd or ['LoRA to train'])}. Use it with guide."
         )
-    device = options.get("device", "cpu")
+    how = {"device": options.get("device", "cpu"), "full": bool(options.get("full"))}
     if name == "utr":
         shape = masked_lm.Shape(tuple(utr.ALPHABET), utr.LENGTH)
-        return cast(Model, masked_lm.MaskedModel(masked_lm.Independent(utr.PRIOR, shape), device=device, steps=32))
-    return cast(Model, masked_lm.MaskedModel(masked_lm.load(weights.path(f"{name}/model.safetensors")), device=device))
+        return cast(Model, masked_lm.MaskedModel(masked_lm.Independent(utr.PRIOR, shape), steps=32, **how))
+    file = weights.path(f"{name}/model.safetensors") if name in TOKENS else Path(name)
+    return cast(Model, masked_lm.MaskedModel(masked_lm.load(file), **how))
+
+
+def is_of_tokens(source: str) -> bool:
+    """Whether it names a model of token sequences: a bundled one, or a file of weights."""
+    return source in TOKENS or (source.endswith(".safetensors") and Path(source).is_file())
 
 
 def _unknown(source: str) -> UserError:
@@ -86,13 +95,14 @@ def family_of(source: str | Path) -> type[Latent]:
 
 
 def load_model(source: str | Path, **options: Any) -> Model:
-    """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, or "file.py:Class".
+    """The model `source` names: "shapes", a folder with model_index.json, "org/name" on the hub, "file.py:Class", or
+    the .safetensors file of a distilled model of tokens.
 
     The options are Latent.load's; a user's own class is made without arguments and none of them reaches it.
     Raises UserError if nothing of that name exists, with the nearest bundled name.
     """
     source = str(source)
-    if source in TOKENS:
+    if is_of_tokens(source):
         return _tokens(source, options)
     if plugin.is_spec(source):
         return _own(source, options)

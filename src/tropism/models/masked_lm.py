@@ -74,17 +74,22 @@ class Independent(nn.Module):
 class MaskedModel:
     """Tokens from masks; needs no prompt and no guidance. Samples are tokens (B, L); relaxed ones stay (B, L, V).
 
-    `calls` counts rows through the network.
+    full: the network's weights can be trained. `calls` counts rows through the network.
     """
 
     guidance, uses_time = 1.0, False
 
-    def __init__(self, network: Convolutions | Independent, *, device: str | torch.device = "cpu", steps: int = 64):
-        self.network, self.device, self.dtype = (
-            network.to(device).eval().requires_grad_(False),
-            torch.device(device),
-            torch.float32,
-        )
+    def __init__(
+        self,
+        network: Convolutions | Independent,
+        *,
+        device: str | torch.device = "cpu",
+        steps: int = 64,
+        full: bool = False,
+    ):
+        trains = full and isinstance(network, Convolutions)
+        self.network = network.to(device).eval().requires_grad_(trains)
+        self.device, self.dtype = torch.device(device), torch.float32
         self.letters, self.shape, self.steps = network.shape.alphabet, (network.shape.length,), steps
         self.process = Masked(len(self.letters))
         self.calls = {"network": 0, "backward": 0, "decode": 0}
@@ -122,17 +127,24 @@ class MaskedModel:
         return nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {}
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
 
-def loss(network: Convolutions, process: Masked, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def loss(
+    network: nn.Module, process: Masked, tokens: Tensor, t: Tensor, noise: Tensor, weight: float | Tensor = 1.0
+) -> Tensor:
     """Mean over (B, L) of -log p(x_0) / t on masked places: the negative evidence bound a token, in nats.
 
-    tokens (B, L), t (B,) in (0, 1], noise: standard normals (B, L).
+    tokens (B, L), t (B,) in (0, 1], noise: standard normals (B, L). weight: (B,) one over the density of t, where it is not uniform.
     """
+    return (bounds(network, process, tokens, t, noise) * weight).mean()
+
+
+def bounds(network: nn.Module, process: Masked, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """`loss` of every row (B,)."""
     x_t = process.forward(tokens, t, noise)
-    each = F.cross_entropy(network(x_t).transpose(1, 2), tokens, reduction="none")
-    return (each * (x_t == process.mask) * process.loss_weight(t)[:, None]).mean()  # type: ignore[index]
+    each = F.cross_entropy(network(x_t).float().transpose(1, 2), tokens, reduction="none")
+    return (each * (x_t == process.mask)).mean(1) * process.loss_weight(t)
 
 
 def save(network: Convolutions, file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tropism import plugin
 from tropism.core import Reward, UserError, is_differentiable, name_of
-from tropism.rewards import aesthetic, clip, count, genome, jpeg
+from tropism.rewards import aesthetic, chemistry, clip, count, docking, genome, jpeg
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
 
@@ -25,8 +25,12 @@ BUILT_IN = {
     "dna-specific": genome.specific,
     "utr-load": genome.ribosome_load,
     "gc-window": genome.gc_window,
+    "qed": chemistry.drug_likeness,
+    "sa": chemistry.synthesis,
+    "logp-window": chemistry.logp_window,
+    "pharmacophore": chemistry.pharmacophore,
 }
-_FORMS = "clip:FOLDER or clip:HUB-ID, and file.py:function"
+_FORMS = "clip:FOLDER or clip:HUB-ID, dock:COMMAND, and file.py:function"
 _WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
 
 
@@ -47,6 +51,8 @@ def load_rewards(texts: Iterable[str]) -> Reward:
 
 def split(text: str) -> tuple[str, float]:
     """ "NAME=WEIGHT" at its last "=" -> (NAME, WEIGHT); without a weight, 1. Raises UserError."""
+    if text.startswith("dock:"):  # a command has "=" of its own
+        return text, 1.0
     name, equals, weight = text.rpartition("=")
     if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
         return text, 1.0
@@ -66,6 +72,8 @@ def _named(name: str) -> Reward:
         return BUILT_IN[name]()
     if name.startswith("clip:"):
         return clip.clip_score(name.removeprefix("clip:"))
+    if name.startswith("dock:"):
+        return docking.Docking(name.removeprefix("dock:"))
     if ".py:" in name:
         return _users(name)
     near = get_close_matches(name, BUILT_IN, n=1)

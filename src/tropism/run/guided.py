@@ -5,13 +5,15 @@ A piece holds its guided samples and a pool of the plain model's, on the same no
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -192,3 +194,54 @@ def _numbers(piece: Piece) -> dict[str, Any]:
     if piece.pool.numel():
         row["plain/reward"] = piece.pool.mean().item()
     return row | {f"calls/{name}": n for name, n in piece.costs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- finished runs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished guided run as its folder tells it. prompts: those that `Piece.prompts` counts. before: spent on a learned value."""
+
+    config: dict[str, Any]
+    prompts: list[Prompt]
+    pieces: list[Piece]
+    before: dict[str, int]
+
+    def joined(self, name: str) -> Tensor:
+        return torch.cat([getattr(piece, name) for piece in self.pieces])
+
+
+def finished_run(folder: str | Path) -> Kept:
+    """Read a run folder of `guide`. Raises UserError for a folder that is none, or whose run is not finished."""
+    folder = Path(folder)
+    files = sorted((folder / "samples").glob("piece-*.safetensors"))
+    if not (folder / "config.yaml").exists() or not files:
+        raise UserError(
+            f"{folder} is not the folder of a guided run: it has no config.yaml or no samples/piece-*.safetensors."
+        )
+    if not (folder / "report.html").exists():
+        raise UserError(f"The run in {folder} is not finished. Go on with the same command and --resume.")
+    config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    asked = ast.literal_eval(json.loads(_metadata(files[0])["identity"])["prompts"])
+    judge, before = folder / "value.safetensors", {}
+    if judge.exists():
+        before = json.loads(_metadata(judge)["told"])["costs"]
+    return Kept(config, [Prompt(text, negative) for text, negative, _ in asked], [read(f) for f in files], before)
+
+
+def redrawn(model: Model, run: Kept, reward: Reward, steps: int, guidance: float, folder: Path) -> list[Piece]:
+    """What another model draws by itself on a run's prompts and noise, beside the run's plain samples; kept in the folder."""
+    told, found = str([(p.text, p.negative, 0) for p in run.prompts]), []
+    folder.mkdir(parents=True, exist_ok=True)
+    how = {"steps": steps, "guidance": guidance, "seed": run.config["seed"], "max_batch": run.config["max_batch"]}
+    for number, piece in enumerate(run.pieces):
+        places = piece.prompts.unique().tolist()
+        batch = as_batch([run.prompts[i] for i in places], range(places[0], places[-1] + 1))
+        drawn = best_of_n(model, reward, batch, len(piece.prompts) // len(places), m=1, **how)
+        own: dict[str, Any] = {name: getattr(drawn, name) for name in ("rewards", "ess", "ancestors", "log_z")}
+        own |= {"samples": stored(drawn.samples), "costs": asdict(drawn.costs)}
+        file = folder / f"piece-{number:04d}.safetensors"
+        keep(replace(piece, **own), file, {"prompts": told})
+        found.append(read(file))
+    return found

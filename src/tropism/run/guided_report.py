@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from tropism.run import guided_tokens, pictures
+from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.card import fenced, safe
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Piece, shown
@@ -22,11 +23,21 @@ from tropism.run.products import measures_for
 from tropism.run.report import environment_of, number, small, spread, uri
 
 QUANTILES = (0.1, 0.5, 0.9)
+DRAWINGS = (
+    ("Sequences", "sequences.png"),
+    ("Where they agree", "logo.png"),
+    ("Molecules, best first, with their rewards", "molecules.png"),
+    ("Molecules of the plain model", "plain_molecules.png"),
+)
+"""Pictures of token sequences: title and file."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All that the page tells of a guided run. texts: the prompt of each sample. letters: of token sequences."""
+    """All that the page tells of a guided run. texts: the prompt of each sample. letters: of token sequences.
+
+    before: what was spent on a learned value. teacher: the guide's line, where this model was distilled from its samples.
+    """
 
     method: str
     base: str
@@ -38,6 +49,21 @@ class Finished:
     environment: dict[str, Any]
     pieces: list[Piece]
     letters: tuple[str, ...] = ()
+    before: dict[str, int] = field(default_factory=dict)
+    teacher: Line | None = None
+
+    @property
+    def how(self) -> str:
+        return "from weights distilled from samples guided" if self.teacher else "guided"
+
+    @property
+    def kept(self) -> str:
+        """What became of the weights, or of the guide's gain."""
+        if self.teacher is None:
+            return " No weight was changed."
+        rows = table(self)
+        gain = self.teacher.mean - rows[0].mean
+        return f" {(rows[-1].mean - rows[0].mean) / gain:.0%} of the guide's gain is kept without it." if gain else ""
 
     def joined(self, name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
@@ -82,16 +108,25 @@ def quantiles(values: Tensor, weights: Tensor | None = None) -> tuple[float, ...
 
 def table(run: Finished) -> list[Line]:
     """The plain model, best-of-N at equal network rows and at equal rewards, and the guided run."""
-    rewards, pool = run.joined("rewards"), _pools(run)
-    n = len(rewards)
-    network, asked = run.cost("network") / n, run.cost("rewards") / n
+    pool = _pools(run)
+    own = line_of(run.method, run.pieces, run.before)
     found = []
     if pool:
         plain_rows = run.cost("network", "plain_costs") / sum(len(p) * p.shape[1] for p in pool)
         found.append(_line("plain model", pool, 1.0, plain_rows))
-        found.append(_line("best of N, equal network rows", pool, network / plain_rows, plain_rows))
-        found.append(_line("best of N, equal rewards", pool, asked, plain_rows))
-    return [*found, Line(run.method, quantiles(rewards), rewards.mean().item(), network, asked)]
+        if own.network > 1.5 * plain_rows:
+            found.append(_line("best of N, equal network rows", pool, own.network / plain_rows, plain_rows))
+        if own.rewards > 1:
+            found.append(_line("best of N, equal rewards", pool, own.rewards, plain_rows))
+    return [*found, *([run.teacher] if run.teacher else []), own]
+
+
+def line_of(name: str, pieces: Sequence[Piece], before: Mapping[str, int] = MappingProxyType({})) -> Line:
+    """The row of guided samples. before: what was spent on them all."""
+    rewards = torch.cat([piece.rewards for piece in pieces])
+    cost = lambda what: (sum(p.costs.get(what, 0) for p in pieces) + before.get(what, 0)) / len(rewards)
+    note = "its roll-outs counted" if before else ""
+    return Line(name, quantiles(rewards), rewards.mean().item(), cost("network"), cost("rewards"), note)
 
 
 def _pools(run: Finished) -> list[Tensor]:
@@ -143,14 +178,10 @@ def _of_tokens(run: Finished, guided: Tensor, twins: Tensor) -> list[tuple[str, 
         before, after = (guided_tokens.MEASURES[run.base](x) for x in (twins, guided))
         for name, b in after.items():
             a, b = before[name].double(), b.double()
-            rows.append((name, a.mean().item(), b.mean().item(), ((a.var() + b.var()) / len(a)).sqrt().item()))
-    half = len(twins) // 2
-    if half:
-        alike = guided_tokens.likeness
-        rows.append(("words like plain ones (r)", alike(twins[:half], twins[half:]), alike(guided, twins), math.nan))
-    share = lambda x: len(x.unique(dim=0)) / len(x)
-    rows.append(("diversity", guided_tokens.diversity(twins), guided_tokens.diversity(guided), math.nan))
-    return [*rows, ("distinct", share(twins), share(guided), math.nan)]
+            a, b = a[~a.isnan()], b[~b.isnan()]
+            error = (a.var() / len(a) + b.var() / len(b)).sqrt().item()
+            rows.append((name, a.mean().item(), b.mean().item(), error))
+    return rows + [(*row, math.nan) for row in guided_tokens.of_sets(run.base, guided, twins)]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -171,16 +202,27 @@ def write(out: Path, run: Finished) -> Path:
 def _csv(file: Path, run: Finished) -> None:
     with file.open("w", newline="", encoding="utf-8", errors="replace") as f:
         writer = csv.writer(f)
-        sequences = guided_tokens.letters_of(run.joined("samples"), run.letters) if run.letters else []
-        writer.writerow(["sample", "prompt", "reward", "ancestor", *(["sequence"] if sequences else [])])
+        told: dict[str, list[str]] = {}
+        if run.letters:
+            told["sequence"] = guided_tokens.letters_of(run.joined("samples"), run.letters)
+        if run.base in guided_tokens.READABLE:
+            name, read = guided_tokens.READABLE[run.base]
+            told[name] = read(run.joined("samples"))
+        writer.writerow(["sample", "prompt", "reward", "ancestor", *told])
         ancestors = run.joined("ancestors").tolist()
         for i, (text, reward) in enumerate(zip(run.texts, run.joined("rewards").tolist(), strict=True)):
-            writer.writerow([i, pictures.plain(text), f"{reward:.8g}", ancestors[i], *sequences[i : i + 1]])
+            more = [column[i] for column in told.values()]
+            writer.writerow([i, pictures.plain(text), f"{reward:.8g}", ancestors[i], *more])
 
 
 def _save_pictures(out: Path, run: Finished, most: int = 24) -> None:
     guided, twins, rewards = shown(run.joined("samples")), shown(run.joined("twins")), run.joined("rewards")
-    if run.letters:
+    if run.base == "molecules":
+        order = rewards.argsort(descending=True)
+        guided_molecules.drawn(guided[order], rewards[order].tolist()).save(out / "molecules.png")
+        if len(twins):
+            guided_molecules.drawn(twins).save(out / "plain_molecules.png")
+    elif run.letters:
         sets = [
             ("guided, best first", guided[rewards.argsort(descending=True)]),
             *([("plain", twins)] if len(twins) else []),
@@ -213,11 +255,9 @@ def _curve(file: Path, run: Finished) -> None:
     drawn = [(run.method, rewards, torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64), "#d1495b")]
     if pools:
         plain_rows = run.cost("network", "plain_costs") / sum(p.numel() for p in pools)
-        n = run.cost("network") / len(rewards) / plain_rows
-        for name, size, colour in (
-            ("plain model", 1.0, "#9aa3ad"),
-            (f"best of {n:.3g}, equal network rows", n, "#2f6690"),
-        ):
+        n = line_of(run.method, run.pieces, run.before).network / plain_rows
+        others = [(f"best of {n:.3g}, equal network rows", n, "#2f6690")] if n > 1.5 else []
+        for name, size, colour in (("plain model", 1.0, "#9aa3ad"), *others):
             pairs = [best_of(pool, max(size, 1.0)) for pool in pools]
             drawn.append(
                 (name, torch.cat([v for v, _ in pairs]), torch.cat([w for _, w in pairs]) / len(pairs), colour)
@@ -252,7 +292,7 @@ def _html(out: Path, run: Finished, found: list[Line], others: list) -> str:
             ess=_least_ess(run),
             survivors=_survivors(run),
             curve=uri(out / "quantiles.png"),
-            drawings=[uri(out / name) for name in ("sequences.png", "logo.png") if run.letters],
+            drawings=[(title, uri(out / name)) for title, name in DRAWINGS if (out / name).exists()],
             crisp=guided.ndim == 4 and guided.shape[-1] <= 128,
             config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
@@ -277,13 +317,15 @@ def _card(run: Finished, found: list[Line], others: list) -> str:
         f"| {safe(r.name)} | {' | '.join(number(v) for v in (*r.values, r.mean))} | {r.network:.4g} | {r.rewards:.4g} | {r.note} |"
         for r in found
     ]
-    second = ["| other measures | plain | guided | s.e. of the change |\n|---|---:|---:|---:|"]
+    second = [
+        f"| other measures | plain | {'distilled' if run.teacher else 'guided'} | s.e. of the change |\n|---|---:|---:|---:|"
+    ]
     second += [f"| {safe(n)} | {number(a)} | {number(b)} | {number(None if e != e else e)} |" for n, a, b, e in others]
     return (
         "\n\n".join(
             [
                 f"# {safe(run.method)} on {safe(run.base)}",
-                f"{len(run.texts)} samples, seed {run.seed}, guided by {rewards}. No weight was changed.",
+                f"{len(run.texts)} samples, seed {run.seed}, {run.how} by {rewards}.{run.kept}",
                 "\n".join([head, *rows]),
                 *(["\n".join(second)] if others else []),
                 "Best of N by order statistics of each prompt's plain samples. `samples.csv` has every reward, `report.html` the pictures.",

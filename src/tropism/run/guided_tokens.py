@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tropism.run import guided_molecules
 from tropism.run.pictures import font
-from tropism.worlds import dna, utr
+from tropism.worlds import dna, molecules, utr
 
 COLOURS = ("#3a7d44", "#2f6690", "#e0a030", "#c0392b", "#7d5ba6", "#4d908e", "#8d6b5a", "#6c757d")
 _PAPER, _FAINT = "#ffffff", "#68707a"
@@ -44,8 +46,26 @@ def _utr(tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
-MEASURES: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {"dna": _dna, "utr": _utr}
+MEASURES: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "dna": _dna,
+    "utr": _utr,
+    "molecules": guided_molecules.measures,
+}
 """By bundled model: columns (B,) of tokens."""
+READABLE: dict[str, tuple[str, Callable[[Tensor], list[str]]]] = {"molecules": ("smiles", molecules.text)}
+"""By bundled model: what its tokens stand for, and its name."""
+
+
+def of_sets(base: str, tokens: Tensor, plain: Tensor) -> list[tuple[str, float, float]]:
+    """(name, plain, guided) of measures that whole sets have."""
+    if base == "molecules":
+        before, after = guided_molecules.together(plain), guided_molecules.together(tokens)
+        return [(name, before.get(name, math.nan), value) for name, value in after.items()]
+    half, share = len(plain) // 2, lambda x: len(x.unique(dim=0)) / len(x)
+    found = [("diversity", diversity(plain), diversity(tokens)), ("distinct", share(plain), share(tokens))]
+    if half:
+        found.insert(0, ("words like plain ones (r)", likeness(plain[:half], plain[half:]), likeness(tokens, plain)))
+    return found
 
 
 def likeness(tokens: Tensor, other: Tensor) -> float:

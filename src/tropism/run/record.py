@@ -50,6 +50,11 @@ PRODUCTS = (
     "quantiles.png",
     "sequences.png",
     "logo.png",
+    "molecules.png",
+    "plain_molecules.png",
+    "value.safetensors",
+    "side_by_side.png",
+    "compare.csv",
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 

@@ -1,0 +1,132 @@
+"""The command that puts guidance and training on one page: the same prompts, the same noise, both costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from tropism.core import Model, UserError
+from tropism.models import lora
+from tropism.models.latent import Latent
+from tropism.models.load import is_of_tokens, load_model
+from tropism.models.lora import LoraSettings
+from tropism.rewards.load import load_rewards
+from tropism.run import compared
+from tropism.run.checks import overrides, set_up
+from tropism.run.compared import Entry
+from tropism.run.guided import Kept, finished_run, redrawn
+from tropism.run.record import Recorder
+
+
+def compare(
+    runs: Sequence[str],
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    command: str = "",
+) -> list[Entry]:
+    """One page on guided and trained runs: rewards, other measures, what each cost before and costs a sample, and where training pays.
+
+    runs: folders of `guide`, `align` and `align distil`. The first guided one sets prompts, noise, reward and the plain samples; other
+    guided runs must share its model, reward, prompts and seed. Trained models draw the same prompts and noise anew, at their own steps
+    and guidance. out: a new folder.
+    Raises UserError without a guided run, for runs that cannot be compared, and for trained weights that cannot be loaded.
+    """
+    place, precision = set_up(device, dtype, threads)
+    guided = [run for run in runs if not _is_trained(run)]
+    if not guided or len(runs) < 2:
+        raise UserError(
+            "Give the folders of at least two runs, one of them of guide: tropism compare runs/svdd runs/alignprop --out DIR."
+        )
+    first = finished_run(guided[0])
+    if not first.joined("pool").numel():
+        raise UserError(f"{guided[0]} has no plain samples to compare with. Guide again with --pool 1 or more.")
+    reward = load_rewards(first.config["reward"])
+    with Recorder(out, {"runs": [str(r) for r in runs]}, overwrite=overwrite) as recorder:
+        entries = [compared.plain(first)]
+        for number, run in enumerate(runs):
+            if _is_trained(run):
+                config = _config(run)
+                recorder.say(f"Drawing with {run} ...")
+                model = _trained(Path(run), config, place, precision)
+                steps, guidance = _deployed(config)
+                folder = Path(out) / "samples" / f"run-{number}"
+                pieces = redrawn(model, first, reward, steps, guidance, folder)
+                entries.append(compared.trained(run, config["method"], pieces, *_spent(Path(run), config)))
+            else:
+                entries.append(compared.guided(run, _same(first, guided[0], run)))
+        page = compared.write(Path(out), first, entries, command, recorder.environment)
+        recorder.say(compared.summary(entries) + f"\nSee {page}")
+    return entries
+
+
+def _config(run: str | Path) -> dict[str, Any]:
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml.")
+    return yaml.safe_load(file.read_text("utf-8"))
+
+
+def _is_trained(run: str | Path) -> bool:
+    return "updates" in _config(run)
+
+
+def _same(first: Kept, name: str, run: str) -> Kept:
+    """Another guided run. Raises UserError if it has other prompts, another model, reward or seed."""
+    other = finished_run(run)
+    changed = [key for key in ("model", "reward", "seed") if other.config[key] != first.config[key]]
+    changed += ["prompts"] if sorted(map(str, other.prompts)) != sorted(map(str, first.prompts)) else []
+    if changed:
+        raise UserError(
+            f"{run} and {name} have another {' and another '.join(changed)}, so their samples cannot be compared."
+        )
+    return other
+
+
+def _deployed(config: dict[str, Any]) -> tuple[int, float]:
+    """Steps and guidance a trained model is drawn with."""
+    steps, guidance = config.get("evaluate_steps"), config.get("evaluate_guidance")
+    own = config["options"]
+    return own["steps"] if steps is None else steps, own["guidance"] if guidance is None else guidance
+
+
+def _trained(run: Path, config: dict[str, Any], device: Any, dtype: Any) -> Model:
+    """The model with what the run trained. Raises UserError where that is no adapter and no model of tokens."""
+    source = config if config["method"] != "distil" else {**_config(config["run"]), **config}
+    if is_of_tokens(source["model"]) and (file := run / "weights" / "model.safetensors").is_file():
+        return load_model(file, device=device, dtype=dtype)
+    if not (run / "lora").is_dir():
+        raise UserError(
+            f"{run} has no adapter in lora/, so its model cannot be drawn from here. Compare runs that trained a LoRA."
+        )
+    adapter = LoraSettings(source["rank"], source["alpha"], tuple(source["targets"]), source["seed"])
+    own = {n: source[n] for n in ("eta", "height", "width", "quantize", "t5")}
+    model: Any = load_model(
+        source["model"], device=device, dtype=dtype, lora=adapter, scheduler=overrides(source["scheduler"]), **own
+    )
+    if not isinstance(model, Latent):
+        raise UserError(f"{source['model']} is a class of yours; only pipelines can be compared after training.")
+    lora.load(model, run / "lora")
+    return cast(Model, model)
+
+
+def _spent(run: Path, config: dict[str, Any]) -> tuple[float, float]:
+    """(network rows, with two for a row backward, and rewards) that training took; a distillation's with its guide's."""
+    network = rewards = 0.0
+    for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
+        calls = json.loads(line).get("calls", {})
+        network += calls.get("network", 0) + 2 * calls.get("backward", 0)
+        rewards += calls.get("reward", 0)
+    if config["method"] == "distil":
+        teacher = finished_run(config["run"])
+        for name in ("network", "rewards"):
+            spent = sum(piece.costs.get(name, 0) for piece in teacher.pieces) + teacher.before.get(name, 0)
+            network, rewards = network + spent * (name == "network"), rewards + spent * (name == "rewards")
+    return network, rewards

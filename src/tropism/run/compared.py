@@ -1,0 +1,175 @@
+"""Guidance and training on one page: rewards, costs before and a sample, where training pays, and the samples side by side."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.run import guided_molecules, guided_tokens, pictures
+from tropism.run.evaluate import diversity
+from tropism.run.guided import Kept, Piece, shown
+from tropism.run.guided_report import Line, line_of, quantiles
+from tropism.run.products import measures_for
+from tropism.run.report import environment_of, number, spread, uri
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run on the page. line: rewards, and rows and rewards a sample. network, rewards: spent before the first sample.
+
+    samples: (n, ...) on the first run's prompts, in its order. is_trained: whether weights were changed.
+    """
+
+    line: Line
+    network: float
+    rewards: float
+    samples: Tensor
+    is_trained: bool = False
+
+
+def plain(first: Kept) -> Entry:
+    """The base model's own samples."""
+    pool = torch.cat([piece.pool.flatten() for piece in first.pieces])
+    drawn = sum(p.plain_costs["rewards"] for p in first.pieces)
+    rows = sum(p.plain_costs["network"] for p in first.pieces) / drawn
+    return Entry(Line("plain model", quantiles(pool), pool.mean().item(), rows, 1.0), 0, 0, first.joined("twins"))
+
+
+def guided(name: str, run: Kept) -> Entry:
+    """A guided run; its learned value's roll-outs were spent before."""
+    line = line_of(f"{run.config['method']} ({Path(name).name})", run.pieces)
+    return Entry(line, run.before.get("network", 0), run.before.get("rewards", 0), run.joined("samples"))
+
+
+def trained(name: str, method: str, pieces: Sequence[Piece], network: float, rewards: float) -> Entry:
+    """A trained model's samples and what training took."""
+    line = replace(line_of(f"{method} ({Path(name).name})", pieces), rewards=0.0)
+    return Entry(line, network, rewards, torch.cat([p.samples for p in pieces]), is_trained=True)
+
+
+def pays_from(entry: Entry, other: Entry) -> float:
+    """The number of samples from which `entry` has taken fewer network rows than `other`; infinite if never, 0 if from the first."""
+    less = other.line.network - entry.line.network
+    more = entry.network - other.network
+    if less <= 0:
+        return 0.0 if more <= 0 and less == 0 else math.inf if more >= 0 else 0.0
+    return max(more / less, 0.0)
+
+
+def verdicts(entries: Sequence[Entry]) -> list[str]:
+    """A sentence for every pair of a guided and a trained run: which has the higher median, and who is cheaper until when."""
+    said = []
+    for one in [e for e in entries[1:] if e.is_trained]:
+        for other in [e for e in entries[1:] if not e.is_trained]:
+            a, b = one.line.values[1], other.line.values[1]
+            n = pays_from(one, other)
+            reach = (
+                "the same median"
+                if a == b
+                else f"a {'higher' if a > b else 'lower'} median ({number(a)} against {number(b)})"
+            )
+            cost = (
+                "and takes fewer network rows from the first sample on"
+                if n == 0
+                else "and takes more network rows for any number of samples"
+                if n == math.inf
+                else f"and takes fewer network rows only from {math.ceil(n):,} samples on: for fewer, no training is needed"
+            )
+            said.append(
+                f"{one.line.name} has {reach} than {other.line.name}, {cost}.".replace(
+                    "same median than", "same median as"
+                )
+            )
+    return said
+
+
+def measured(first: Kept, entries: Sequence[Entry]) -> list[tuple[str, list[float]]]:
+    """(measure, its mean of every entry) of measures that did not guide."""
+    texts, base = [first.prompts[i].text for i in first.joined("prompts").tolist()], first.config["model"]
+    columns: list[dict[str, float]] = []
+    for samples in (shown(e.samples) for e in entries):
+        if base in guided_tokens.MEASURES:
+            found = {n: v.double().nanmean().item() for n, v in guided_tokens.MEASURES[base](samples).items()}
+            found |= {n: b for n, _, b in guided_tokens.of_sets(base, samples, shown(entries[0].samples))}
+        elif samples.ndim == 4:
+            found = {
+                name if key == name else f"{name}/{key}": v.double().mean().item()
+                for name, measure in measures_for(texts).items()
+                for key, v in measure(samples, texts).items()
+            }
+            varied = diversity(samples)
+            found |= {} if varied is None else {"diversity": varied}
+        else:
+            found = {}
+        columns.append(found)
+    return [(name, [c.get(name, math.nan) for c in columns]) for name in columns[-1]]
+
+
+def write(out: Path, first: Kept, entries: Sequence[Entry], command: str, environment: dict[str, Any]) -> Path:
+    """compare.csv, side_by_side.png and report.html; returns the page."""
+    _csv(out / "compare.csv", entries)
+    texts = [first.prompts[i].text for i in first.joined("prompts").tolist()]
+    drawing = _drawing(out, first, entries, texts)
+    page = out / "report.html"
+    page.write_text(
+        environment_of()
+        .get_template("compared.html.jinja")
+        .render(
+            base=first.config["model"],
+            reward=first.config["reward"],
+            samples=len(texts),
+            entries=entries,
+            verdicts=verdicts(entries),
+            others=measured(first, entries),
+            drawing=drawing and uri(drawing),
+            command=command,
+            environment=environment,
+        ),
+        encoding="utf-8",
+        errors="replace",
+    )
+    return page
+
+
+def _csv(file: Path, entries: Sequence[Entry]) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="replace") as f:
+        writer = csv.writer(f)
+        costs = ("network_before", "rewards_before", "network_a_sample", "rewards_a_sample")
+        writer.writerow(["run", "q10", "q50", "q90", "mean", *costs])
+        for e in entries:
+            numbers = (*e.line.values, e.line.mean, e.network, e.rewards, e.line.network, e.line.rewards)
+            writer.writerow([e.line.name, *(f"{v:.8g}" for v in numbers)])
+
+
+def _drawing(out: Path, first: Kept, entries: Sequence[Entry], texts: list[str], most: int = 12) -> Path | None:
+    """Samples side by side, one column a run."""
+    samples, file = [shown(e.samples) for e in entries], out / "side_by_side.png"
+    if samples[0].ndim == 4:
+        at = spread(len(texts), most)
+        heads = tuple(e.line.name for e in entries)
+        cells = [[s[i] for s in samples] for i in at]
+        pictures.grid(cells, [texts[i] for i in at], [""] * len(at), heads=heads).save(file)
+    elif first.config["model"] == "molecules":
+        guided_molecules.drawn(torch.cat([s[:6] for s in samples]), most=6 * len(samples)).save(file)
+    elif first.config["model"] in guided_tokens.MEASURES:
+        guided_tokens.strips([(e.line.name, s) for e, s in zip(entries, samples, strict=True)], most=10).save(file)
+    else:
+        return None
+    return file
+
+
+def summary(entries: Sequence[Entry]) -> str:
+    """What the command prints."""
+    head = f"{'':34s}{'median':>10s}{'q90':>10s}{'rows before':>14s}{'rows a sample':>15s}"
+    lines = [
+        f"{e.line.name[:33]:34s}{e.line.values[1]:10.4f}{e.line.values[2]:10.4f}{e.network:14,.0f}{e.line.network:15.4g}"
+        for e in entries
+    ]
+    return "\n".join([head, *lines, *verdicts(entries)])

@@ -1,0 +1,125 @@
+"""`guide METHOD --value learned`: plain roll-outs first, then a network fitted to their rewards (SVDD-MC), kept in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tropism.core import UserError
+from tropism.guide.learned import LOSSES, LatentValue, RollOuts, TokenValue, fitted, learned, roll_outs
+from tropism.guide.lineages import ValueOf
+from tropism.prompts.batches import as_batch
+from tropism.run.guided import Plan
+from tropism.run.record import Recorder
+
+HELD = 8
+"""One roll-out in so many is kept out of the fit, to see what the network knows."""
+
+
+def check(count: int, loss: str, alpha: float) -> None:
+    """Raises UserError for too few roll-outs to learn from, and losses that cannot be."""
+    if count < 2 * HELD:
+        raise UserError(f"roll_outs is {count}; a value is learnt from at least {2 * HELD}. Try --roll-outs 512.")
+    if loss not in ("auto", *LOSSES) or (loss in ("soft", "linex") and not alpha > 0):
+        raise UserError(
+            f"value_loss is {loss!r} and alpha is {alpha}; it must be auto, {', '.join(LOSSES)}, the last two with --alpha above 0."
+        )
+
+
+def learnt(
+    plan: Plan, count: int, loss: str, alpha: float, file: Path, recorder: Recorder
+) -> tuple[ValueOf, dict[str, int]]:
+    """(the value, the costs of its roll-outs): read from the file if it is there, else learnt and written there.
+
+    loss: "auto" is "linex" where alpha is above 0, else "mean", as the paper's code has it.
+    """
+    if not file.exists():
+        _learn(plan, count, ("linex" if alpha > 0 else "mean") if loss == "auto" else loss, alpha, file, recorder)
+    with safe_open(file, "pt") as f:
+        told = json.loads((f.metadata() or {})["told"])
+    network = _network(plan, told["shape"], told["span"]).eval().requires_grad_(False)
+    network.load_state_dict(load_file(file))
+    network.to(getattr(plan.model, "device", "cpu"))
+    mean, scale = told["mean"], told["scale"]
+    return learned(lambda x, t: mean + scale * network(x, t.to(x.device)).double().cpu()), told["costs"]
+
+
+def _learn(plan: Plan, count: int, loss: str, alpha: float, file: Path, recorder: Recorder) -> None:
+    prompts = list({(p.text, p.negative): p for p, _ in plan.prompts}.values())
+    each = -(-count // len(prompts))
+    recorder.say(f"Learning the value from {each * len(prompts)} plain roll-outs.")
+    before = dict(getattr(plan.model, "calls", {}))
+    data = roll_outs(
+        plan.model,
+        plan.reward,
+        as_batch(prompts, range(len(prompts))),
+        each,
+        steps=plan.steps,
+        guidance=plan.guidance,
+        seed=plan.seed,
+        max_batch=plan.max_batch,
+        fixed=plan.fixed,
+    )
+    rows = getattr(plan.model, "calls", {}).get("network", 0) - before.get("network", 0)
+    if not torch.isfinite(data.rewards).any() or data.rewards.std() == 0:
+        raise UserError(
+            f"All {len(data.rewards)} roll-outs have the same reward, so no value can be learnt. Add --roll-outs, or leave --value out."
+        )
+    data = replace(
+        data,
+        rewards=torch.nan_to_num(
+            data.rewards, nan=(low := data.rewards[data.rewards.isfinite()].min().item()), neginf=low
+        ),
+    )
+    mean, scale = data.rewards.mean().item(), data.rewards.std().item()
+    data = replace(data, rewards=(data.rewards - mean) / scale)
+    kept = torch.arange(len(data.rewards)) % HELD == HELD - 1
+    shape = list(data.states.shape[2:])
+    torch.manual_seed(plan.seed)
+    network = fitted(
+        _network(plan, shape, data.times[0]), _some(data, ~kept), alpha=alpha / scale, loss=loss, seed=plan.seed
+    )
+    half, late = (correlation(network, _some(data, kept), at) for at in (len(data.times) // 2, len(data.times) - 1))
+    recorder.say(
+        f"On roll-outs kept aside it follows the reward with r = {half:.2f} half-way and {late:.2f} before the last step."
+    )
+    costs = {"network": rows, "rewards": len(data.rewards)}
+    told = {
+        "mean": mean,
+        "scale": scale,
+        "shape": shape,
+        "span": data.times[0],
+        "costs": costs,
+        "half": half,
+        "late": late,
+    }
+    beside = file.with_suffix(".tmp")
+    save_file({n: v.contiguous() for n, v in network.state_dict().items()}, beside, metadata={"told": json.dumps(told)})
+    beside.replace(file)
+
+
+def _some(data: RollOuts, rows: Tensor) -> RollOuts:
+    return replace(data, states=data.states[rows], rewards=data.rewards[rows])
+
+
+def _network(plan: Plan, shape: Sequence[int], span: float) -> nn.Module:
+    model: Any = plan.model
+    return TokenValue(len(model.letters)) if hasattr(model, "letters") else LatentValue(shape, span)
+
+
+@torch.no_grad()
+def correlation(network: nn.Module, data: RollOuts, step: int) -> float:
+    """Pearson's r of the network's values at a step and the rewards, 0 where it says the same of all."""
+    values = network(
+        data.states[:, step], torch.full((len(data.rewards),), data.times[step], dtype=torch.float64)
+    ).double()
+    found = torch.corrcoef(torch.stack([values.cpu(), data.rewards.double()]))[0, 1]
+    return torch.nan_to_num(found).item()

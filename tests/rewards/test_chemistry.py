@@ -1,0 +1,89 @@
+"""Rewards on molecules by name, and a docking program played by a script."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from tropism.core import Batch, UserError, scored
+from tropism.rewards.docking import Docking, affinity
+from tropism.rewards.load import load_reward, load_rewards, split
+from tropism.rewards.workers import InWorkers
+from tropism.worlds import molecules
+
+TEXTS = ["CCO", "CC(=O)Oc1ccccc1C(=O)O", "CCCCCCCCCCCCCCCC"]
+ROWS = molecules.tokens_of(TEXTS)
+BATCH = Batch([""] * 3)
+
+VINA = """\
+mode |   affinity | dist from best mode
+     | (kcal/mol) | rmsd l.b.| rmsd u.b.
+-----+------------+----------+----------
+   1         -7.3      0.000      0.000
+   2         -6.9      1.204      2.011
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes an executable script; it counts the carbon atoms of the SDF file it is given."""
+
+    def make(body):
+        file = tmp_path / "dock.sh"
+        file.write_text("#!/bin/sh\n" + body)
+        os.chmod(file, 0o755)
+        return str(file)
+
+    return make
+
+
+def test_by_name():
+    assert load_reward("qed")(ROWS, BATCH)[1].item() == pytest.approx(0.550, abs=2e-3)
+    assert load_reward("sa")(ROWS, BATCH)[1].item() == pytest.approx((10 - 1.58) / 9, abs=2e-3)
+    window = load_reward("logp-window")(ROWS, BATCH)
+    assert window[1] == 0 and window[0] == pytest.approx(-1.0014, abs=0.01) and window[2] < -3
+    assert (load_reward("pharmacophore")(ROWS, BATCH) <= 1).all()
+    mixed = load_rewards(["qed", "sa=0.5"])(ROWS, BATCH)
+    torch.testing.assert_close(mixed, load_reward("qed")(ROWS, BATCH) + 0.5 * load_reward("sa")(ROWS, BATCH))
+
+
+def test_a_docking_program(program):
+    last = program("grep -c ' C   ' $1 | sed s/^/-/")
+    dock = load_reward(f"dock:{last}")
+    assert scored(dock, ROWS, BATCH).tolist() == [2.0, 9.0, 16.0]
+    named = load_reward("dock:" + program("test $1 = -l && grep -c ' C   ' $2") + " -l {ligand} --cpu=1")
+    assert scored(named, ROWS, BATCH).tolist() == [-2.0, -9.0, -16.0]
+    assert split("dock:smina --cpu=2")[0] == "dock:smina --cpu=2"
+
+
+def test_the_best_of_the_table_or_the_last_number():
+    assert affinity(VINA) == -7.3
+    assert affinity("read 2 files\nscore: -4.25e0\n") == -4.25
+    with pytest.raises(UserError, match="printed no number"):
+        affinity("done\n")
+
+
+def test_what_a_program_can_do_wrong(program):
+    with pytest.raises(UserError, match="starts no program"):
+        Docking("no-such-program -l {ligand}")
+    with pytest.raises(UserError, match=r"ended with code 3: no receptor\. Run it by hand"):
+        Docking(program("echo 'no receptor' >&2; exit 3"))(ROWS[:1], Batch([""]))
+
+
+def test_a_dock_that_takes_too_long_is_ended(program, tmp_path):
+    """The worker is ended, and its program with it."""
+    script = program(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    reward = InWorkers(f"dock:{script}", workers=1, timeout=12)
+    try:
+        assert reward(ROWS[:1], Batch([""])).item() == -torch.inf
+        assert reward.timed_out == 1
+    finally:
+        reward.close()
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if not os.path.exists(f"/proc/{pid}") or open(f"/proc/{pid}/stat").read().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the docking program outlived its worker")
