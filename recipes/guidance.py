@@ -4,9 +4,9 @@
     python recipes/guidance.py --table --out runs/guidance        the tables of what is there
 
 256 samples a method and seed, one core; what is finished is kept in OUT/<domain>.jsonl and not drawn again. The gold oracle never guides.
-Equal network rows: no method takes more than SVDD with 10 children; SMC and nested draw more particles than are kept, best-of-N takes N by
-order statistics from one pool of plain samples (in thirds, for the spread). Naturalness: the masked bound in nats a token under the plain
-model (lower is more natural); for pictures the share that show all their prompt says.
+Equal network rows: no method takes more than SVDD-PM (M children, 5 for pictures, else 10); SMC and nested draw more particles than are
+kept, best-of-N takes N by order statistics from one pool of plain samples (in thirds, for the spread). Naturalness: the masked bound in
+nats a token under the plain model (lower is more natural); for pictures the share that show all their prompt says.
 """
 
 import argparse
@@ -33,13 +33,29 @@ from tropism.run.guided_report import best_of, quantiles
 from tropism.worlds import shapes, taste
 
 DOMAINS = {
-    "utr": {"reward": "utr-load", "steps": 32, "alpha": 0.03, "pool": 10_000},
-    "dna": {"reward": "dna-liver", "steps": 24, "alpha": 0.05, "pool": 10_000, "gradient": "dna-liver", "scale": 20.0},
-    "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000},
-    "shapes": {"reward": "jpeg-bytes", "steps": 8, "alpha": 0.05, "pool": 500, "gradient": "jpeg", "scale": 0.1},
+    "utr": {"reward": "utr-load", "steps": 32, "alpha": 0.03, "pool": 10_000, "m": 10},
+    "dna": {
+        "reward": "dna-liver",
+        "steps": 24,
+        "alpha": 0.05,
+        "pool": 10_000,
+        "gradient": "dna-liver",
+        "scale": 20.0,
+        "m": 10,
+    },
+    "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000, "m": 10},
+    "shapes": {
+        "reward": "jpeg-bytes",
+        "steps": 8,
+        "alpha": 0.05,
+        "pool": 500,
+        "gradient": "jpeg",
+        "scale": 0.1,
+        "m": 5,
+    },
 }
-"""pool: plain samples of every prompt. scale: of DPS."""
-M, SAMPLES, ROLL_OUTS = 10, 256, 512
+"""m: children of SVDD. pool: plain samples of every prompt. scale: of DPS."""
+SAMPLES, ROLL_OUTS = 256, 512
 
 
 class Domain:
@@ -92,12 +108,12 @@ class Domain:
 
     def methods(self, seed):
         """(name, function, options, particles drawn for each that is kept, gradient reward or None, what it cost before)."""
-        alpha = self.how["alpha"]
-        yield "SVDD-PM", svdd, {"m": M}, 1, None, (0, 0)
+        alpha, m = self.how["alpha"], self.how["m"]
+        yield "SVDD-PM", svdd, {"m": m}, 1, None, (0, 0)
         value, *before = self.judge(seed)
-        yield "SVDD-MC", svdd, {"m": M, "value": value}, 1, None, before
-        yield "nested, M = 4", nested, {"m": 4, "alpha": alpha}, 2, None, (0, 0)
-        yield "SMC", smc, {"alpha": alpha}, 8, None, (0, 0)
+        yield "SVDD-MC", svdd, {"m": m, "value": value}, 1, None, before
+        yield "nested, M = 4", nested, {"m": 4, "alpha": alpha}, m // 4, None, (0, 0)
+        yield "SMC", smc, {"alpha": alpha}, int(0.8 * m), None, (0, 0)
         if "gradient" in self.how:
             yield "DPS", dps, {"scale": self.how["scale"]}, 1, self.how["gradient"], (0, 0)
 

@@ -6,9 +6,12 @@ from cases import LAW
 
 from tropism.core import Batch
 from tropism.guide import steps
+from tropism.guide import svdd as svdd_module
 from tropism.guide.search import blockwise
 from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
+from tropism.models.latent import Latent
+from tropism.models.load import load_model
 from tropism.worlds.mixture import MixtureModel
 
 PROMPTS = Batch(["1", "4", "9"])
@@ -53,18 +56,88 @@ def test_every_sample_has_its_own_prompt(method, more):
     torch.testing.assert_close(drawn(method, **more), torch.tensor([1, 1, 4, 4, 9, 9.0]).double(), rtol=0, atol=0.1)
 
 
-def test_the_layout_bugs_of_released_code_are_caught(monkeypatch):
-    """Prompts tiled [1, 4, 9, 1, 4, 9, ...] against children [1, 1, 1, 1, 4, ...]: as batched guidance and molecule masks did it."""
+# ------------------------------------------------------------------------------------------------ bugs of released code
 
+
+class Timed(Told):
+    """Remembers the time of every call."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.seen = []
+
+    def predict(self, x_t, t, cond, guidance):
+        self.seen.append(float(t))
+        return super().predict(x_t, t, cond, guidance)
+
+
+def prompts_stay():
+    """Every sample is that of its own prompt."""
+    torch.testing.assert_close(drawn(svdd, m=2), torch.tensor([1, 1, 4, 4, 9, 9.0]).double(), rtol=0, atol=0.1)
+
+
+def guidance_halves_stay():
+    """Two prompts with guidance, drawn together and alone, are the same pictures."""
+    model, texts = load_model("shapes", lora=None, eta=1.0), ["one red circle on sand", "three blue stars on grass"]
+    bright = lambda images, batch: images.mean((1, 2, 3))
+    how = {"m": 2, "steps": 2, "guidance": 3.0}
+    together = svdd(model, bright, Batch(texts), 1, **how).samples
+    alone = torch.cat([svdd(model, bright, Batch([t], index=(i,)), 1, **how).samples for i, t in enumerate(texts)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+def children_have_their_own_time():
+    """The network is asked for children at the time that they stand at, not at their parent's."""
+    model = Timed(LAW, exact=False)
+    svdd(model, near, PROMPTS, 1, steps=4, m=2)
+    assert model.seen == model.process.times(4).tolist()[:-1], (
+        "the start's, then each child's own, which is the next step's"
+    )
+
+
+def mix_prompts(monkeypatch):
+    """Molecules' masks, batch after batch, against children, sample after sample."""
     original = steps.predicted
 
     def tiled(run, x, s, rows, parents=None):
-        m = len(rows) // len(run.batch)
-        return original(run, x, s, torch.arange(len(run.batch)).repeat(m), parents)
+        return original(run, x, s, torch.arange(len(run.batch)).repeat(len(rows) // len(run.batch)), parents)
 
     monkeypatch.setattr(steps, "predicted", tiled)
-    wrong = drawn(svdd, m=2)
-    assert (wrong - torch.tensor([1, 1, 4, 4, 9, 9.0]).double()).abs().max() > 1
+
+
+def mix_guidance(monkeypatch):
+    """Embeddings [free, prompt, free, prompt, ...] against latents [all, all]."""
+
+    def predict(self, x_t, t, cond, guidance):
+        text = {k: torch.stack([cond.negative[k], v], 1).flatten(0, 1) for k, v in cond.positive.items()}
+        free, conditional = self.counted(torch.cat([x_t, x_t]), t, text).chunk(2)
+        return free + guidance * (conditional - free)
+
+    monkeypatch.setattr(Latent, "predict", predict)
+
+
+def parents_time(monkeypatch):
+    """x_0 of children at their parent's time."""
+    original = svdd_module.valued
+
+    def valued(run, value, x, s, parents=None):
+        return original(run, value, x, s if parents is None else run.times[parents.step], parents)
+
+    monkeypatch.setattr(svdd_module, "valued", valued)
+
+
+@pytest.mark.parametrize(
+    ("check", "bug"),
+    [(prompts_stay, mix_prompts), (guidance_halves_stay, mix_guidance), (children_have_their_own_time, parents_time)],
+)
+def test_the_bugs_of_released_code_are_caught(check, bug, monkeypatch):
+    check()
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
+
+
+# ------------------------------------------------------------------------------------------------ company
 
 
 def test_a_lineage_is_the_same_in_other_company():

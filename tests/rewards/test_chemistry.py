@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_a_dock_that_takes_too_long_is_ended(program, tmp_path):
         reward.close()
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
-        if not os.path.exists(f"/proc/{pid}") or open(f"/proc/{pid}/stat").read().split()[2] == "Z":
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
             break
         time.sleep(0.1)
     else:

@@ -11,9 +11,11 @@ from tiny_families import BUILDERS, SIZE
 
 from tropism import cli, commands
 from tropism.core import UserError
-from tropism.run import guided, guided_tokens
+from tropism.models.load import load_model
+from tropism.models.masked_lm import Convolutions, Shape, save
+from tropism.run import compared, guided, guided_report, guided_tokens
 from tropism.run.guided_report import best_of, quantiles
-from tropism.worlds import utr
+from tropism.worlds import molecules, utr
 
 QUICK = {"model": "shapes", "reward": "jpeg-bytes", "samples": 4, "options": {"m": 2, "steps": 3}, "pool": 2}
 PROMPTS = ["three red circles on sand", "two blue squares on sand", "one purple cross on brick"]
@@ -219,7 +221,7 @@ def test_a_model_of_ones_own_needs_four_things(tmp_path):
         ({"eta": 0.0}, "eta is 0, a deterministic sampler.*--eta 1"),
         ({"eta": -1.0}, "eta is -1"),
         ({"pool": -1}, "pool is -1"),
-        ({"x0": "median"}, "mode is 'median'"),
+        ({"value": "median"}, "mode is 'median'"),
         ({"reward": "jpg-bytes"}, "jpeg-bytes"),
         ({"prompts": "no-such-file.txt"}, "no-such-file"),
         ({"model": "shape"}, "Did you mean 'shapes'"),
@@ -305,7 +307,7 @@ def test_letters_that_must_stay(tmp_path):
     for bad, says in (("GCT", "letters T"), ("A" * 51, "51 places"), ("ggc", "letters c,g")):
         with pytest.raises(UserError, match=says):
             commands.guide("svdd", out=tmp_path / "no", fixed=bad, **how)
-    with pytest.raises(UserError, match="Only models of sequences"):
+    with pytest.raises(UserError, match="Only models of token sequences"):
         commands.guide("svdd", prompts=PROMPTS, out=tmp_path / "no", fixed="A", **QUICK)
 
 
@@ -323,4 +325,177 @@ def test_dna_is_guided_and_trained_by_the_same_commands(tmp_path):
     assert run.table[-1].mean > run.table[0].mean
     assert "sites/FOXA" in (run.out / "report.html").read_text()
     commands.pretrain("dna", out=tmp_path / "dna", quick=True)
-    assert (tmp_path / "dna" / "model.safetensors").stat().st_size > 500_000
+    assert (tmp_path / "dna" / "model.safetensors").stat().st_size > 250_000
+
+
+# ------------------------------------------------------------------------------------------------ molecules
+
+
+@pytest.fixture(scope="module")
+def of_molecules(tmp_path_factory):
+    return commands.guide(
+        "svdd",
+        model="molecules",
+        out=tmp_path_factory.mktemp("molecules") / "run",
+        samples=8,
+        options={"m": 3, "steps": 8},
+        pool=3,
+    )
+
+
+def test_molecules_are_drawn_and_valid(of_molecules):
+    rows = list(csv.DictReader((of_molecules.out / "samples.csv").open()))
+    assert all(r["smiles"] and r["sequence"].startswith("[") for r in rows)
+    assert [float(r["reward"]) for r in rows] == pytest.approx(
+        molecules.each(of_molecules.pieces[0].samples, molecules.qed).tolist(), abs=1e-6
+    )
+    assert Image.open(of_molecules.out / "molecules.png").width > 600
+    card = (of_molecules.out / "README.md").read_text()
+    assert "| valid | 1 | 1 |" in card and "| new |" in card and "distinct molecules" in card
+    assert "Molecules, best first" in (of_molecules.out / "report.html").read_text()
+
+
+def test_a_scaffold_stays(tmp_path):
+    ring = "[C][=C][C][=C][C][=C][Ring1][=Branch1]"
+    how = {"model": "molecules", "reward": "sa", "samples": 4, "pool": 0}
+    run = commands.guide("svdd", out=tmp_path / "run", fixed=ring, options={"m": 2, "steps": 4}, **how)
+    from rdkit import Chem
+
+    ringed = Chem.MolFromSmarts("[#6]1~[#6]~[#6]~[#6]~[#6]~[#6]~1")
+    assert all(Chem.MolFromSmiles(s).HasSubstructMatch(ringed) for s in molecules.text(run.pieces[0].samples))
+    with pytest.raises(UserError, match=r"--fixed has 2 places and the letters \[Na\]"):
+        commands.guide("svdd", out=tmp_path / "b", fixed="[C][Na]", **how)
+
+
+# ------------------------------------------------------------------------------------------------ learned values
+
+
+@pytest.mark.parametrize("model", ["utr", "shapes"])
+def test_a_learned_value(model, tmp_path, capsys):
+    how = {"model": model, "samples": 6, "roll_outs": 24, "value": "learned", "pool": 1}
+    how |= {"reward": "utr-load"} if model == "utr" else {"reward": "jpeg-bytes", "prompts": PROMPTS}
+    options = {"m": 3, "steps": 4}
+    run = commands.guide("svdd", out=tmp_path / "run", options=options, **how)
+    assert "follows the reward with r = " in capsys.readouterr().out
+    kept = run.table[-1]
+    assert kept.note == "its roll-outs counted"
+    spent = sum(p.costs["rewards"] for p in run.pieces)
+    assert kept.rewards == (24 + spent) / 6, "roll-outs and finished samples; none for noisy states"
+    assert kept.rewards == 7, "four steps of three children by their true rewards would be 12 and more"
+    before = torch.cat([p.samples for p in run.pieces])
+    for piece in (run.out / "samples").iterdir():
+        piece.unlink()
+    again = commands.guide("svdd", out=run.out, options=options, **how, resume=True)
+    assert torch.equal(torch.cat([p.samples for p in again.pieces]), before), "the value is read again, not learnt anew"
+
+
+def test_what_cannot_be_learnt(tmp_path):
+    how = {"model": "utr", "out": tmp_path / "run", "value": "learned"}
+    with pytest.raises(UserError, match=r"roll_outs is 4.*--roll-outs 512"):
+        commands.guide("svdd", roll_outs=4, **how)
+    with pytest.raises(UserError, match=r"value_loss is 'linex' and alpha is 0"):
+        commands.guide("svdd", value_loss="linex", **how)
+    with pytest.raises(UserError, match=r"best-of-n judges no noisy states"):
+        commands.guide("best-of-n", **how)
+    with pytest.raises(UserError, match=r"have the same reward"):
+        commands.guide("svdd", reward=same, roll_outs=16, samples=2, options={"m": 2, "steps": 2}, **how)
+    assert not list((tmp_path / "run" / "samples").glob("*")) if (tmp_path / "run" / "samples").exists() else True
+
+
+def same(tokens, batch):
+    return torch.ones(len(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ distil and compare
+
+
+def test_a_guide_becomes_weights(of_molecules, tmp_path, monkeypatch, capsys):
+    words = ["align", "distil", "--from", of_molecules.out, "--out", tmp_path / "run", "--updates", 3, "--batch", 4]
+    assert called(monkeypatch, *words) == 0
+    assert "of the guide's gain is kept" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "its guide, svdd" in card and "| plain model |" in card and "| distil |" in card
+    tuned = load_model(str(tmp_path / "run" / "weights" / "model.safetensors"))
+    plain = load_model("molecules")
+    x = torch.full((1, 40), 29)
+    assert not torch.equal(tuned.network(x), plain.network(x))
+    again = commands.distil(of_molecules.out, out=tmp_path / "again", updates=3, batch=4)
+    assert torch.equal(load_model(tmp_path / "again" / "weights" / "model.safetensors").network(x), tuned.network(x))
+    own = commands.guide(
+        "best-of-n",
+        model=str(tmp_path / "run" / "weights" / "model.safetensors"),
+        reward="qed",
+        samples=2,
+        options={"m": 1, "steps": 4},
+        pool=0,
+        out=tmp_path / "used",
+    )
+    assert own.pieces[0].samples.shape == (2, 40)
+    assert again.plain == pytest.approx(of_molecules.table[0].mean)
+    assert again.guided == pytest.approx(of_molecules.table[-1].mean)
+    assert again.share == pytest.approx((again.distilled - again.plain) / (again.guided - again.plain))
+
+
+def test_much_practice_keeps_much_of_the_gain(tmp_path):
+    """A tiny network of its own, guided to one letter: most of the gain is in the weights afterwards."""
+    torch.manual_seed(0)
+    save(Convolutions(Shape(tuple("ACGU"), 12, 16, 3, (1, 2), 1)), tmp_path / "base.safetensors")
+    (tmp_path / "reward.py").write_text("def a(tokens, batch):\n    return (tokens == 0).double().mean(1)\n")
+    how = {"model": str(tmp_path / "base.safetensors"), "reward": f"{tmp_path}/reward.py:a", "pool": 2}
+    run = commands.guide("svdd", samples=64, options={"m": 6, "steps": 6}, out=tmp_path / "run", **how)
+    found = commands.distil(run.out, out=tmp_path / "out", updates=150, batch=32, lr=3e-3)
+    assert found.plain < 0.3 < 0.5 < found.guided
+    assert found.share > 0.8
+
+
+def test_guided_and_trained_runs_on_one_page(run, tmp_path, monkeypatch, capsys):
+    trained = {"model": "shapes", "updates": 1, "batch": 2, "options": {"steps": 2}, "evaluate_prompts": 2}
+    commands.align("alignprop", reward="jpeg", out=tmp_path / "ap", doctor=False, **trained)
+    commands.distil(run.out, out=tmp_path / "distil", updates=2, batch=2)
+    words = ["compare", run.out, tmp_path / "ap", tmp_path / "distil", "--out", tmp_path / "page"]
+    assert called(monkeypatch, *words) == 0
+    assert "no training is needed" in capsys.readouterr().out
+    rows = {r["run"]: r for r in csv.DictReader((tmp_path / "page" / "compare.csv").open())}
+    assert list(rows) == ["plain model", "svdd (run)", "alignprop (ap)", "distil (distil)"]
+    assert float(rows["svdd (run)"]["q50"]) == pytest.approx(run.table[-1].values[1], abs=1e-6)
+    assert float(rows["alignprop (ap)"]["rewards_before"]) == 2
+    assert float(rows["alignprop (ap)"]["network_a_sample"]) == 2 * 2, "two steps with guidance"
+    guided_rows = sum(p.costs["network"] for p in run.pieces)
+    assert float(rows["distil (distil)"]["network_before"]) == guided_rows + 2 * 2 * 3, (
+        "its guide, then two updates of two"
+    )
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "parser/count" in page and "<script" not in page
+    assert Image.open(tmp_path / "page" / "side_by_side.png").width > 300
+
+
+def test_where_training_pays():
+    line = lambda network: guided_report.Line("x", (0, 0, 0), 0.0, network, 0.0)
+    entry = lambda before, network: compared.Entry(line(network), before, 0, torch.zeros(1))
+    assert compared.pays_from(entry(900, 10), entry(0, 100)) == 10
+    assert compared.pays_from(entry(900, 100), entry(0, 100)) == float("inf")
+    assert compared.pays_from(entry(0, 10), entry(0, 100)) == 0
+
+
+def test_what_cannot_be_distilled_or_compared(run, tmp_path):
+    with pytest.raises(UserError, match="is not the folder of a guided run"):
+        commands.distil(tmp_path, out=tmp_path / "out")
+    rna = commands.guide(
+        "best-of-n", model="utr", samples=2, options={"m": 1, "steps": 2}, pool=1, out=tmp_path / "rna"
+    )
+    with pytest.raises(UserError, match="utr has no weights to train"):
+        commands.distil(rna.out, out=tmp_path / "out")
+    bare = commands.guide(
+        "best-of-n", model="utr", samples=2, options={"m": 1, "steps": 2}, pool=0, out=tmp_path / "bare"
+    )
+    with pytest.raises(UserError, match="has no plain samples"):
+        commands.distil(bare.out, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"best is 0"):
+        commands.distil(rna.out, out=tmp_path / "out", best=0)
+    with pytest.raises(UserError, match="at least two runs"):
+        commands.compare([str(run.out)], out=tmp_path / "page")
+    with pytest.raises(UserError, match="another model and another reward and another prompts"):
+        commands.compare([str(run.out), str(rna.out)], out=tmp_path / "page")
+    with pytest.raises(UserError, match="is not a run folder"):
+        commands.compare([str(run.out), str(tmp_path / "none")], out=tmp_path / "page")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

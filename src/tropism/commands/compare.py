@@ -46,7 +46,7 @@ def compare(
             "Give the folders of at least two runs, one of them of guide: tropism compare runs/svdd runs/alignprop --out DIR."
         )
     first = finished_run(guided[0])
-    if not first.joined("pool").numel():
+    if not first.has_plain:
         raise UserError(f"{guided[0]} has no plain samples to compare with. Guide again with --pool 1 or more.")
     reward = load_rewards(first.config["reward"])
     with Recorder(out, {"runs": [str(r) for r in runs]}, overwrite=overwrite) as recorder:

@@ -24,7 +24,7 @@ from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
 from tropism.guide.twisted import twisted
 from tropism.guide.values import posterior_mean
-from tropism.models.load import load_model
+from tropism.models.load import is_of_tokens, load_model
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
 from tropism.rewards.load import check_prompts, require_gradient
 from tropism.rewards.workers import InWorkers
@@ -254,7 +254,7 @@ def _model(model: str, settings: Mapping[str, Any]) -> Model:
 
 
 def _prompts(prompts: str | Path | Sequence[str] | None, model: Any) -> list[Prompt]:
-    if prompts is None and (model in DEFAULT_REWARDS or hasattr(model, "letters")):
+    if prompts is None and (is_of_tokens(str(model)) or hasattr(model, "letters")):
         return [Prompt("")]
     return train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
 

@@ -81,7 +81,7 @@ def distil(
     if not 0 < best <= 1:
         raise UserError(f"best is {best:g}; it is the share of the samples that are learnt from. Try --best 0.5.")
     teacher = finished_run(run)
-    if not teacher.joined("pool").numel():
+    if not teacher.has_plain:
         raise UserError(f"{run} has no plain samples to compare with. Guide again with --pool 1 or more.")
     place, precision = set_up(device, dtype, threads)
     model = _model(teacher.config, LoraSettings(rank, alpha, tuple(targets), seed), place, precision)

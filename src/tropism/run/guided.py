@@ -208,6 +208,10 @@ class Kept:
     pieces: list[Piece]
     before: dict[str, int]
 
+    @property
+    def has_plain(self) -> bool:
+        return all(piece.pool.numel() for piece in self.pieces)
+
     def joined(self, name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
 
