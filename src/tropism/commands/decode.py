@@ -136,19 +136,8 @@ def guide(
     loaded = _model(model, settings) if isinstance(model, str) else model
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
     _check(method, hyper, loaded, asked)
-    bound = _judged(function, method, hyper, value, roll_outs, value_loss)
-    wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
-    held = _fixed(fixed, loaded)
-    same = {"method": method, **request.identity(model, reward), "seed": str(seed), "hyperparameters": str(hyper)}
-    same |= {
-        "prompts": str([(p.text, p.negative, n) for p, n in asked]),
-        "value": f"{value}, {roll_outs}, {value_loss}" if value == "learned" else value,
-        "eta, pool and fixed places": f"{eta:g}, {pool}, {fixed}",
-    }
-    bound = partial(bound, fixed=held)
-    plan = Plan(
-        loaded, scored, bound, asked, seed, max_batch, wide, pool, hyper["steps"], hyper["guidance"], same, held
-    )
+    same = request.identity(model, reward)
+    plan = _planned(loaded, scored, function, asked, hyper, settings, same)
     if dry_run:
         return _say_ready(plan)
     prepare = getattr(loaded, "prepare", None)
@@ -168,6 +157,30 @@ def guide(
         page, found = guided_report.write(Path(out), done), guided_report.table(done)
         recorder.say(guided_report.summary(done, found) + _over_time(scored) + f"\nSee {page}")
     return GuidedRun(Path(out), texts, pieces, found)
+
+
+def _planned(
+    model: Model,
+    reward: Reward,
+    function: Callable[..., Guided],
+    asked: list[tuple[Prompt, int]],
+    hyper: dict[str, Any],
+    settings: Mapping[str, Any],
+    same: dict[str, str],
+) -> Plan:
+    """What is drawn, with the method bound to its hyperparameters. same: model and reward, as a resumed run must share them."""
+    method, value, loss, fixed = (settings[n] for n in ("method", "value", "value_loss", "fixed"))
+    held = _fixed(fixed, model)
+    bound = partial(_judged(function, method, hyper, value, settings["roll_outs"], loss), fixed=held)
+    wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
+    same = {"method": method, **same, "seed": str(settings["seed"]), "hyperparameters": str(hyper)}
+    same |= {
+        "prompts": str([(p.text, p.negative, n) for p, n in asked]),
+        "value": f"{value}, {settings['roll_outs']}, {loss}" if value == "learned" else value,
+        "eta, pool and fixed places": f"{settings['eta']:g}, {settings['pool']}, {fixed}",
+    }
+    numbers = (settings["seed"], settings["max_batch"], wide, settings["pool"], hyper["steps"], hyper["guidance"])
+    return Plan(model, reward, bound, asked, *numbers, same, held)
 
 
 def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:

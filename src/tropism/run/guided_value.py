@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from tropism.core import UserError
 from tropism.guide.learned import LOSSES, LatentValue, RollOuts, TokenValue, fitted, learned, roll_outs
 from tropism.guide.lineages import ValueOf
 from tropism.prompts.batches import as_batch
-from tropism.run.guided import Plan
+from tropism.run.guided import Plan, damaged
 from tropism.run.record import Recorder
 
 HELD = 8
@@ -43,8 +43,17 @@ def learnt(
     """
     if not file.exists():
         _learn(plan, count, ("linex" if alpha > 0 else "mean") if loss == "auto" else loss, alpha, file, recorder)
-    with safe_open(file, "pt") as f:
-        told = json.loads((f.metadata() or {})["told"])
+    try:
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata() or {}
+        told = json.loads(metadata["told"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise damaged(file, error) from error
+    changed = [name for name, text in plan.identity.items() if told["identity"].get(name) != text]
+    if changed:
+        raise UserError(
+            f"{file} was learnt with another {' and another '.join(changed)}. Resume with the settings in config.yaml."
+        )
     network = _network(plan, told["shape"], told["span"]).eval().requires_grad_(False)
     network.load_state_dict(load_file(file))
     network.to(getattr(plan.model, "device", "cpu"))
@@ -98,6 +107,7 @@ def _learn(plan: Plan, count: int, loss: str, alpha: float, file: Path, recorder
         "shape": shape,
         "span": data.times[0],
         "costs": costs,
+        "identity": plan.identity,
         "half": half,
         "late": late,
     }
