@@ -5,7 +5,9 @@ import torch
 from cases import ones, table
 from twin import svdd_plain
 
-from tropism.core import Batch
+from tropism.align.rollout import sample
+from tropism.core import Batch, Draw
+from tropism.guide.best_of_n import best_of_n
 from tropism.guide.svdd import svdd
 from tropism.guide.values import posterior_mean
 from tropism.models.load import load_model
@@ -45,3 +47,17 @@ def test_rna_takes_two_and_a_half_times_fewer_rows():
     found = svdd(model, share, Batch([""]), n, steps=steps, m=m, value=ARGMAX, select_start=False)
     assert n * steps * (1 + m) > 2.5 * found.costs.network
     assert found.costs.rewards_computed < 0.7 * n * steps * m
+
+
+def test_plain_samples_use_outputs_again():
+    """The chain's own samples, bit for bit, for fewer rows: a row for every state that differs from the one before."""
+    torch.manual_seed(0)
+    model = MaskedModel(Convolutions(Shape(tuple("ACGU"), 12, hidden=8, kernel=3, dilations=(1,), repeats=1)).double())
+    model.dtype = torch.float64
+    reward, n, steps = (lambda tokens, batch: (tokens == 3).double().sum(1)), 16, 64
+    found = best_of_n(model, reward, Batch([""]), n, m=1, steps=steps)
+    rows = model.calls["network"]
+    chain = sample(model, Batch([""] * n), Draw(0, 0, tuple(range(n))), steps=steps, guidance=1.0)
+    assert torch.equal(found.samples, chain)
+    assert rows == found.costs.network <= n * 12 + 1, "a place is filled in at most 12 steps, and all start alike"
+    assert model.calls["network"] - rows == n * steps

@@ -55,6 +55,8 @@ def best_of_n(
     state = begin(run)
     for _ in run.running:
         state = plain_step(run, state)
+    if m == 1:
+        return finished(run, state)
     every = torch.arange(len(state.x))
     decoded = lambda rows: run.model.decode(run.model.process.complete(state.x[rows], state.x[rows]))
     r = in_chunks(run, lambda rows: rewarded(run, decoded(rows), every[rows]), len(every))

@@ -163,7 +163,7 @@ def finished(run: Setting, state: State, rewards: Tensor | None = None) -> Guide
     if rewards is None:
         every = torch.arange(len(clean))
         rewards = in_chunks(run, lambda rows: rewarded(run, samples[rows], every[rows]), len(clean))
-    rewards = rewards.double()
+    rewards = torch.where(torch.isnan(rewards), -torch.inf, rewards.double())
     if not torch.isfinite(rewards).any():
         raise UserError(
             f"The reward of all {len(rewards)} samples is -inf or NaN, so nothing could guide them. Give the reward a finite value for "
