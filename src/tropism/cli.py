@@ -75,7 +75,7 @@ HELP = {
     "doctor": "Prove first that the gradient arrives (seconds).",
     "gpu": "Card sizes in GB to fit into, repeatable.",
     "guidance": "Guidance (default: the model's own).",
-    "value": "What a noisy state is judged by: auto, mean, argmax, sample, soft, or learned (roll-outs first).",
+    "value": "What a noisy state is judged by: auto, mean, argmax, sample, soft, learned (roll-outs first), or file.py:function.",
     "roll_outs": "Plain samples that a learned value is fitted to.",
     "value_loss": "Of a learned value: auto, mean, soft or linex.",
     "steps": "Denoising steps (default: the model's own).",

@@ -389,13 +389,23 @@ def test_a_learned_value(model, tmp_path, capsys):
     assert torch.equal(torch.cat([p.samples for p in again.pieces]), before), "the value is read again, not learnt anew"
 
 
+def test_a_value_of_ones_own(tmp_path):
+    """The share of A's among the places decoded so far: known without a network call."""
+    (tmp_path / "v.py").write_text("def v(x, t):\n    return (x == 0).double().mean(1)\n")
+    (tmp_path / "r.py").write_text("def r(tokens, batch):\n    return (tokens == 0).double().mean(1)\n")
+    how = {"model": "utr", "reward": f"{tmp_path}/r.py:r", "samples": 8, "options": {"m": 6, "steps": 25}, "pool": 4}
+    run = commands.guide("svdd", value=f"{tmp_path}/v.py:v", out=tmp_path / "run", **how)
+    assert run.table[-1].mean > run.table[0].mean + 0.15
+    assert run.table[-1].rewards <= 6, "the children of the last step only, equal ones once"
+
+
 def test_what_cannot_be_learnt(tmp_path):
     how = {"model": "utr", "out": tmp_path / "run", "value": "learned"}
     with pytest.raises(UserError, match=r"roll_outs is 4.*--roll-outs 512"):
         commands.guide("svdd", roll_outs=4, **how)
     with pytest.raises(UserError, match=r"value_loss is 'linex' and alpha is 0"):
         commands.guide("svdd", value_loss="linex", **how)
-    with pytest.raises(UserError, match=r"best-of-n judges no noisy states"):
+    with pytest.raises(UserError, match=r"best-of-n judges no noisy states.*--value learned"):
         commands.guide("best-of-n", **how)
     with pytest.raises(UserError, match=r"have the same reward"):
         commands.guide("svdd", reward=same, roll_outs=16, samples=2, options={"m": 2, "steps": 2}, **how)

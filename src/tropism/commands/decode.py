@@ -23,8 +23,9 @@ from tropism.guide.search import blockwise, refine
 from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
 from tropism.guide.twisted import twisted
-from tropism.guide.values import posterior_mean
+from tropism.guide.values import exact, posterior_mean
 from tropism.models.load import is_of_tokens, load_model
+from tropism.plugin import load_object
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
 from tropism.rewards.load import check_prompts, require_gradient
 from tropism.rewards.workers import InWorkers
@@ -108,11 +109,11 @@ def guide(
     samples: in all, spread evenly over the prompts; with fewer samples than prompts, over as many prompts, one each. group: samples of one
     prompt that are drawn together, and compete where a method lets them.
     options: the method's own hyperparameters by name (see its function). value: what a noisy state is judged by, the reward of the clean
-    samples it promises (mean, argmax, sample or soft; auto chooses), or "learned", a network fitted by value_loss (mean, soft or linex;
-    auto: linex where alpha is above 0, else mean) to the rewards of `roll_outs` plain samples first. fixed: letters (or [tokens]) of a
-    sequence model that must stay, a dot where anything may stand. pool: plain samples drawn for every guided one, to compare with; 0
-    for none. eta: noise of the sampler; 0 only for dps and best-of-n. max_batch: rows in memory at a time. workers: processes that a
-    slow reward runs in, each sample with a limit of `timeout` seconds (over it, -inf); 0 is none.
+    samples it promises (mean, argmax, sample or soft; auto chooses), "file.py:function" (x_t, t) -> (B,), or "learned", a network fitted
+    by value_loss (mean, soft or linex; auto: linex where alpha is above 0, else mean) to the rewards of `roll_outs` plain samples first.
+    fixed: letters (or [tokens]) of a sequence model that must stay, a dot where anything may stand. pool: plain samples drawn for every
+    guided one, to compare with; 0 for none. eta: noise of the sampler; 0 only for dps and best-of-n. max_batch: rows in memory at a
+    time. workers: processes that a slow reward runs in, each sample with a limit of `timeout` seconds (over it, -inf); 0 is none.
     callback(piece, pieces) is called after each piece.
     Raises UserError for anything that cannot be, before the first sample where possible.
     """
@@ -239,12 +240,15 @@ def _judged(
     function: Callable[..., Guided], method: str, hyper: Mapping[str, Any], value: str, roll_outs: int, loss: str
 ) -> Callable[..., Guided]:
     """The method with its hyperparameters and its value, unless that is learnt first. Raises UserError for values that cannot be."""
-    if value != "learned":
-        return partial(function, **hyper, **({"value": posterior_mean(value)} if _has(function, "value") else {}))
+    own = ".py:" in value
     if not _has(function, "value"):
-        raise UserError(f"{method} judges no noisy states, so it has no use for a learned value. Leave --value out.")
-    check_lesson(roll_outs, loss, hyper.get("alpha", 0.0))
-    return partial(function, **hyper)
+        if own or value == "learned":
+            raise UserError(f"{method} judges no noisy states, so it has no use for --value {value}. Leave it out.")
+        return partial(function, **hyper)
+    if value == "learned":
+        check_lesson(roll_outs, loss, hyper.get("alpha", 0.0))
+        return partial(function, **hyper)
+    return partial(function, **hyper, value=exact(load_object(value)) if own else posterior_mean(value))
 
 
 def _has(function: Callable, name: str) -> bool:
