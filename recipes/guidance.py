@@ -4,9 +4,10 @@
     python recipes/guidance.py --table --out runs/guidance        the tables of what is there
 
 256 samples a method and seed, one core; what is finished is kept in OUT/<domain>.jsonl and not drawn again. The gold oracle never guides.
-Equal network rows: no method takes more than SVDD-PM (M children, 5 for pictures, else 10); SMC and nested draw more particles than are
-kept, best-of-N takes N by order statistics from one pool of plain samples (in thirds, for the spread). Naturalness: the masked bound in
-nats a token under the plain model (lower is more natural); for pictures the share that show all their prompt says.
+Equal network rows: about those of SVDD-PM (M children, 5 for pictures, else 10) for best-of-N, SMC and nested, which draw more particles
+than are kept; a learned value and DPS need fewer. Equal rewards: best-of-N by order statistics of one pool of plain samples (in thirds, for
+the spread). Naturalness: the masked bound in nats a token under the plain model (lower is more natural); for pictures the share that show
+all their prompt says.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from tropism.run.guided_report import best_of, quantiles
 from tropism.worlds import shapes, taste
 
 DOMAINS = {
-    "utr": {"reward": "utr-load", "steps": 32, "alpha": 0.03, "pool": 10_000, "m": 10},
+    "utr": {"reward": "utr-load", "steps": 32, "alpha": 0.03, "pool": 10_000, "m": 10, "n": 8},
     "dna": {
         "reward": "dna-liver",
         "steps": 24,
@@ -43,7 +44,7 @@ DOMAINS = {
         "scale": 20.0,
         "m": 10,
     },
-    "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000, "m": 10},
+    "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000, "m": 10, "n": 8},
     "shapes": {
         "reward": "jpeg-bytes",
         "steps": 8,
@@ -54,7 +55,7 @@ DOMAINS = {
         "m": 5,
     },
 }
-"""m: children of SVDD. pool: plain samples of every prompt. scale: of DPS."""
+"""m: children of SVDD. n: of best-of-N, for equal rows. pool: plain samples of every prompt. scale: of DPS."""
 SAMPLES, ROLL_OUTS = 256, 512
 
 
@@ -98,17 +99,19 @@ class Domain:
         before = self.model.calls["network"]
         each = ROLL_OUTS // len(self.alone)
         data = roll_outs(self.model, self.reward, self.alone, each, seed=seed, **self.fixed)
-        rows, mean, scale = self.model.calls["network"] - before, data.rewards.mean(), data.rewards.std()
+        rewards = data.rewards.clamp_min(data.rewards[data.rewards.isfinite()].min())  # a molecule without atoms
+        rows, mean, scale = self.model.calls["network"] - before, rewards.mean(), rewards.std()
         torch.manual_seed(seed)
         shape, span = data.states.shape[2:], data.times[0]
         network = LatentValue(shape, span) if self.pictures else TokenValue(len(self.model.letters))
-        data = type(data)(data.states, data.times, (data.rewards - mean) / scale)
+        data = type(data)(data.states, data.times, (rewards - mean) / scale)
         fitted(network, data, alpha=self.how["alpha"] / scale.item(), loss="mean", seed=seed)
         return learned(lambda x, t: mean + scale * network(x, t).double()), rows, ROLL_OUTS
 
     def methods(self, seed):
         """(name, function, options, particles drawn for each that is kept, gradient reward or None, what it cost before)."""
         alpha, m = self.how["alpha"], self.how["m"]
+        yield f"best of {self.how['n']}", best_of_n, {"m": self.how["n"]}, 1, None, (0, 0)
         yield "SVDD-PM", svdd, {"m": m}, 1, None, (0, 0)
         value, *before = self.judge(seed)
         yield "SVDD-MC", svdd, {"m": m, "value": value}, 1, None, before
@@ -202,10 +205,10 @@ def table(name, out):
     )
     line("plain", [quantiles(p.flatten()) for p in thirds], [measured], plain_rows, 1)
     main = [r for r in rows if r["method"] == "SVDD-PM"]
-    budget, asked = (statistics.mean(r[k] for r in main) for k in ("rows", "rewards"))
-    for n, what in ((budget / plain_rows, "equal rows"), (asked, "equal rewards of SVDD-PM")):
-        mark = "" if n <= size else ", extrapolated: at least"
-        line(f"best of {n:.3g} ({what}{mark})", [quantiles(*best_of(p, n)) for p in thirds], None, n * plain_rows, n)
+    asked = statistics.mean(r["rewards"] for r in main)
+    mark = "" if asked <= size else ", extrapolated: at least"
+    best = [quantiles(*best_of(p, asked)) for p in thirds]
+    line(f"best of {asked:.3g} (the rewards of SVDD-PM{mark})", best, None, asked * plain_rows, asked)
     for method in dict.fromkeys(r["method"] for r in rows):
         each = [r for r in rows if r["method"] == method]
         cost = (statistics.mean(r[k] for r in each) for k in ("rows", "rewards"))
