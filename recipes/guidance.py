@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tropism.core import Batch
 from tropism.guide.best_of_n import best_of_n
@@ -43,6 +45,7 @@ DOMAINS = {
         "gradient": "dna-liver",
         "scale": 20.0,
         "m": 10,
+        "n": 10,
     },
     "molecules": {"reward": "qed", "steps": 24, "alpha": 0.02, "pool": 10_000, "m": 10, "n": 8},
     "shapes": {
@@ -53,6 +56,7 @@ DOMAINS = {
         "gradient": "jpeg",
         "scale": 0.1,
         "m": 5,
+        "n": 5,
     },
 }
 """m: children of SVDD. n: of best-of-N, for equal rows. pool: plain samples of every prompt. scale: of DPS."""
@@ -142,8 +146,8 @@ class Domain:
         }
 
     def pool(self, out):
-        """Rewards (groups, thirds, pool / 3) of plain samples, rows a sample, and the measures of the first 256."""
-        file = out / f"{self.name}-pool.pt"
+        """Rewards (prompts, pool) of plain samples, rows a sample, and the measures of the first 256, kept in a file."""
+        file = out / f"{self.name}-pool.safetensors"
         if not file.exists():
             began, size, rewards, samples, rows = time.perf_counter(), self.how["pool"], [], None, 0
             for at in range(0, size, 500):
@@ -160,8 +164,8 @@ class Domain:
             texts = [p for p in self.alone.prompts for _ in range(SAMPLES // len(self.alone))]
             pooled = torch.cat(rewards, 1)
             measured, seconds = self.measures(samples, texts), time.perf_counter() - began
-            torch.save((pooled, rows / pooled.numel(), measured, seconds), file)
-        return torch.load(file)
+            told = {"rows": rows / pooled.numel(), "measures": measured, "seconds": seconds}
+            save_file({"rewards": pooled.float()}, file, metadata={"told": json.dumps(told)})
 
 
 def draw(name, seeds, out):
@@ -195,7 +199,10 @@ def line(name, quantile, measures, rows, rewards):
 
 def table(name, out):
     """One domain as Markdown."""
-    rows, (pool, plain_rows, measured, _) = read(out / f"{name}.jsonl"), torch.load(out / f"{name}-pool.pt")
+    rows, file = read(out / f"{name}.jsonl"), out / f"{name}-pool.safetensors"
+    with safe_open(file, "pt") as f:
+        pool, told = f.get_tensor("rewards").double(), json.loads(f.metadata()["told"])
+    plain_rows, measured = told["rows"], told["measures"]
     size = pool.shape[1] // 3
     thirds = [pool[:, i * size : (i + 1) * size] for i in range(3)]
     natural = "shows its prompt" if name == "shapes" else "nats a token"

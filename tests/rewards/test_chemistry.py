@@ -58,34 +58,59 @@ def test_a_docking_program(program):
     assert split("dock:smina --cpu=2")[0] == "dock:smina --cpu=2"
 
 
-def test_the_best_of_the_table_or_the_last_number():
-    assert affinity(VINA) == -7.3
-    assert affinity("read 2 files\nscore: -4.25e0\n") == -4.25
-    with pytest.raises(UserError, match="printed no number"):
-        affinity("done\n")
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (VINA, -7.3),
+        (VINA.replace("-7.3", "  -7"), -7.0),
+        ("1 0.5 warning\n" + VINA, -7.3),
+        ("## smina\nAffinity: -7.34 (kcal/mol)\nRMSD: 0.31\nRefine time 0.02\n", -7.34),
+        ("Estimated Free Energy of Binding   : -6.7 (kcal/mol)\n(1) Final: -0.45\n", -6.7),
+        ("read 2 files\nscore: -4.25e0\n", -4.25),
+        ("done\n", None),
+    ],
+)
+def test_what_programs_print(text, found):
+    assert affinity(text) == found
 
 
-def test_what_a_program_can_do_wrong(program):
+def test_a_molecule_that_is_refused_scores_nothing(program):
+    """One poor ligand does not end a run; a command that never works does."""
+    dock = Docking(program("grep -q ' O   ' $1 && exit 1; echo -5"))
+    assert dock(ROWS, BATCH).tolist() == [-torch.inf, -torch.inf, 5.0]
+    assert dock.failed == 2
+    assert dock(ROWS, BATCH).tolist() == [-torch.inf, -torch.inf, 5.0] and dock.failed == 2, "known by now"
     with pytest.raises(UserError, match="starts no program"):
         Docking("no-such-program -l {ligand}")
     with pytest.raises(UserError, match=r"ended with code 3: no receptor\. Run it by hand"):
-        Docking(program("echo 'no receptor' >&2; exit 3"))(ROWS[:1], Batch([""]))
+        Docking(program("echo 'no receptor' >&2; exit 3"))(ROWS, BATCH)
+    with pytest.raises(UserError, match=r"printed no number: ready"):
+        Docking(program("echo ready"))(ROWS, BATCH)
 
 
-def test_a_dock_that_takes_too_long_is_ended(program, tmp_path):
-    """The worker is ended, and its program with it."""
-    script = program(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+@pytest.mark.parametrize("body", ["exec sleep 60", "sleep 60; echo 1"])
+def test_a_dock_that_takes_too_long_is_ended(body, program, tmp_path):
+    """The worker is ended, and its program with all that it started."""
+    name = f"sleep{os.getpid()}"
+    os.symlink("/bin/sleep", tmp_path / name)
+    script = program(body.replace("sleep", str(tmp_path / name)))
     reward = InWorkers(f"dock:{script}", workers=1, timeout=12)
+    running = lambda: [p for p in Path("/proc").glob("[0-9]*/cmdline") if name in _text(p)]
     try:
         assert reward(ROWS[:1], Batch([""])).item() == -torch.inf
         assert reward.timed_out == 1
     finally:
         reward.close()
-    pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().split()[2] == "Z":
+        if not running():
             break
         time.sleep(0.1)
     else:
         pytest.fail("the docking program outlived its worker")
+
+
+def _text(file):
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

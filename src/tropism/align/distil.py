@@ -58,14 +58,15 @@ def distil(
     chosen = times[(u * len(times)).long().clamp_max(len(times) - 1)].to(clean.device)
     noise, parameters = draw(Stream.TRANSITION, 0, clean.shape[1:]), list(model.trainable().values())
     gradient, losses = [torch.zeros_like(p) for p in parameters], []
+    before = dict(getattr(model, "calls", {}))
     for part in torch.arange(len(batch)).split(micro_batch or len(batch)):
         each = denoising_losses(model, clean[rows[part]], cond[part], chosen[part], noise[part], guidance)
         found = torch.autograd.grad(each.sum(), parameters, allow_unused=True)
         gradient = [a if g is None else a + g for a, g in zip(gradient, found, strict=True)]
         losses.append(each.detach())
     every = torch.cat(losses)
-    info = Info(
-        len(batch), {"denoising_loss": every.float().cpu()}, calls={"network": len(batch), "backward": len(batch)}
-    )
+    rows = getattr(model, "calls", {}).get("network", 0) - before.get("network", 0)
+    calls = {"network": rows, "backward": rows}
+    info = Info(len(batch), {"denoising_loss": every.float().cpu()}, calls=calls)
     yield surrogate(gradient, parameters, every.sum()), info
     return state

@@ -14,11 +14,10 @@ from tropism.models import lora
 from tropism.models.latent import Latent
 from tropism.models.load import is_of_tokens, load_model
 from tropism.models.lora import LoraSettings
-from tropism.rewards.load import load_rewards
 from tropism.run import compared
 from tropism.run.checks import overrides, set_up
 from tropism.run.compared import Entry
-from tropism.run.guided import Kept, finished_run, redrawn
+from tropism.run.guided import Kept, finished_run, redrawn, spelled
 from tropism.run.record import Recorder
 
 
@@ -48,20 +47,23 @@ def compare(
     first = finished_run(guided[0])
     if not first.has_plain:
         raise UserError(f"{guided[0]} has no plain samples to compare with. Guide again with --pool 1 or more.")
-    reward = load_rewards(first.config["reward"])
+    trained = {run: _config(run) for run in runs if run not in guided}
+    for run, config in trained.items():
+        if config["model"] != first.config["model"]:
+            raise UserError(f"{run} trained {config['model']}, but {guided[0]} guided {first.config['model']}.")
+    others = {run: _same(first, guided[0], run) for run in guided}
     with Recorder(out, {"runs": [str(r) for r in runs]}, overwrite=overwrite) as recorder:
         entries = [compared.plain(first)]
         for number, run in enumerate(runs):
-            if _is_trained(run):
-                config = _config(run)
-                recorder.say(f"Drawing with {run} ...")
-                model = _trained(Path(run), config, place, precision)
-                steps, guidance = _deployed(config)
-                folder = Path(out) / "samples" / f"run-{number}"
-                pieces = redrawn(model, first, reward, steps, guidance, folder)
-                entries.append(compared.trained(run, config["method"], pieces, *_spent(Path(run), config)))
-            else:
-                entries.append(compared.guided(run, _same(first, guided[0], run)))
+            if run in others:
+                entries.append(compared.guided(run, others[run]))
+                continue
+            recorder.say(f"Drawing with {run} ...")
+            model = _trained(Path(run), trained[run], place, precision)
+            folder = Path(out) / "samples" / f"run-{number}"
+            pieces = redrawn(model, first, first.reward(), *_deployed(trained[run]), folder)
+            spent = _spent(Path(run), trained[run])
+            entries.append(compared.trained(run, trained[run]["method"], pieces, *spent))
         page = compared.write(Path(out), first, entries, command, recorder.environment)
         recorder.say(compared.summary(entries) + f"\nSee {page}")
     return entries
@@ -82,7 +84,7 @@ def _same(first: Kept, name: str, run: str) -> Kept:
     """Another guided run. Raises UserError if it has other prompts, another model, reward or seed."""
     other = finished_run(run)
     changed = [key for key in ("model", "reward", "seed") if other.config[key] != first.config[key]]
-    changed += ["prompts"] if sorted(map(str, other.prompts)) != sorted(map(str, first.prompts)) else []
+    changed += ["prompts and samples of each"] if spelled(other.asked) != spelled(first.asked) else []
     if changed:
         raise UserError(
             f"{run} and {name} have another {' and another '.join(changed)}, so their samples cannot be compared."
@@ -99,7 +101,7 @@ def _deployed(config: dict[str, Any]) -> tuple[int, float]:
 
 def _trained(run: Path, config: dict[str, Any], device: Any, dtype: Any) -> Model:
     """The model with what the run trained. Raises UserError where that is no adapter and no model of tokens."""
-    source = config if config["method"] != "distil" else {**_config(config["run"]), **config}
+    source = config if config["method"] != "distil" else {**_config(run / config["run"]), **config}
     if is_of_tokens(source["model"]) and (file := run / "weights" / "model.safetensors").is_file():
         return load_model(file, device=device, dtype=dtype)
     if not (run / "lora").is_dir():
@@ -122,11 +124,12 @@ def _spent(run: Path, config: dict[str, Any]) -> tuple[float, float]:
     network = rewards = 0.0
     for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
         calls = json.loads(line).get("calls", {})
-        network += calls.get("network", 0) + 2 * calls.get("backward", 0)
+        network += sum(calls.get(kind, 0) for kind in ("network", "forward", "recompute")) + 2 * calls.get(
+            "backward", 0
+        )
         rewards += calls.get("reward", 0)
     if config["method"] == "distil":
-        teacher = finished_run(config["run"])
-        for name in ("network", "rewards"):
-            spent = sum(piece.costs.get(name, 0) for piece in teacher.pieces) + teacher.before.get(name, 0)
-            network, rewards = network + spent * (name == "network"), rewards + spent * (name == "rewards")
+        teacher = finished_run(run / config["run"])
+        total = lambda name: sum(piece.costs.get(name, 0) for piece in teacher.pieces) + teacher.before.get(name, 0)
+        network, rewards = network + total("network") + 2 * total("backward"), rewards + total("rewards")
     return network, rewards

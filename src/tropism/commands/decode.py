@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from tropism.core import Model, Reward, UserError, name_of
 from tropism.guide.best_of_n import best_of_n
@@ -24,14 +21,14 @@ from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
 from tropism.guide.twisted import twisted
 from tropism.guide.values import exact, posterior_mean
-from tropism.models.load import is_of_tokens, load_model
+from tropism.models.load import load_model
 from tropism.plugin import load_object
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
 from tropism.rewards.load import check_prompts, require_gradient
 from tropism.rewards.workers import InWorkers
 from tropism.run import guided_report, request
 from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, overrides, set_up
-from tropism.run.guided import Piece, Plan, run_pieces
+from tropism.run.guided import Piece, Plan, fixed_tokens, run_pieces, spelled
 from tropism.run.guided_value import check as check_lesson
 from tropism.run.guided_value import learnt
 from tropism.run.products import weights_of
@@ -132,9 +129,9 @@ def guide(
     scored = request.read_reward(reward) if not workers else _in_workers(reward, workers, timeout)
     if method in BY_GRADIENT:
         require_gradient(scored, f"guide {method}")
-    asked = _shared(_prompts(prompts, model), samples, group)
-    check_prompts(scored, [p.text for p, _ in asked])
     loaded = _model(model, settings) if isinstance(model, str) else model
+    asked = _shared(_prompts(prompts, model, loaded), samples, group)
+    check_prompts(scored, [p.text for p, _ in asked])
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
     _check(method, hyper, loaded, asked)
     same = request.identity(model, reward)
@@ -171,14 +168,17 @@ def _planned(
 ) -> Plan:
     """What is drawn, with the method bound to its hyperparameters. same: model and reward, as a resumed run must share them."""
     method, value, loss, fixed = (settings[n] for n in ("method", "value", "value_loss", "fixed"))
-    held = _fixed(fixed, model)
+    held = fixed_tokens(fixed, model)
     bound = partial(_judged(function, method, hyper, value, settings["roll_outs"], loss), fixed=held)
     wide = hyper.get("m", 1) if isinstance(hyper.get("m", 1), int) else 1
     same = {"method": method, **same, "seed": str(settings["seed"]), "hyperparameters": str(hyper)}
     same |= {
-        "prompts": str([(p.text, p.negative, n) for p, n in asked]),
+        "prompts": spelled(asked),
         "value": f"{value}, {settings['roll_outs']}, {loss}" if value == "learned" else value,
         "eta, pool and fixed places": f"{settings['eta']:g}, {settings['pool']}, {fixed}",
+        "size, precision or scheduler": str(
+            [settings[n] for n in ("height", "width", "quantize", "t5", "scheduler", "dtype")]
+        ),
     }
     numbers = (settings["seed"], settings["max_batch"], wide, settings["pool"], hyper["steps"], hyper["guidance"])
     return Plan(model, reward, bound, asked, *numbers, same, held)
@@ -207,24 +207,6 @@ def _over_time(reward: Reward) -> str:
     reward.close()
     late = reward.timed_out
     return f"\n{late} rewards exceeded the limit of {reward.timeout:g} s and count as -inf." if late else ""
-
-
-def _fixed(text: str | None, model: Any) -> Tensor | None:
-    """Tokens (L,) that must stay, -1 where anything may stand. Raises UserError for letters and lengths that the model does not have."""
-    if text is None:
-        return None
-    letters = [str(letter) for letter in getattr(model, "letters", ())]
-    if not letters:
-        raise UserError("Only models of token sequences hold tokens fixed. Leave --fixed out.")
-    length, places = model.shape[0], re.findall(r"\[[^\]]*\]|.", text)
-    odd = sorted({c for c in places if c != "." and c not in letters})
-    if odd or len(places) > length:
-        raise UserError(
-            f"--fixed has {len(places)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} "
-            f"places and the letters {''.join(letters)}, with a dot where anything may stand."
-        )
-    places += ["."] * (length - len(places))
-    return torch.tensor([letters.index(c) if c != "." else -1 for c in places])
 
 
 def _check(method: str, hyper: Mapping[str, Any], model: Any, asked: Sequence[tuple[Prompt, int]]) -> None:
@@ -270,8 +252,8 @@ def _model(model: str, settings: Mapping[str, Any]) -> Model:
     )
 
 
-def _prompts(prompts: str | Path | Sequence[str] | None, model: Any) -> list[Prompt]:
-    if prompts is None and (is_of_tokens(str(model)) or hasattr(model, "letters")):
+def _prompts(prompts: str | Path | Sequence[str] | None, model: Any, loaded: Model) -> list[Prompt]:
+    if prompts is None and hasattr(loaded, "letters"):
         return [Prompt("")]
     return train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
 

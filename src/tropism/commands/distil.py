@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tropism.models import lora as adapters
 from tropism.models.latent import Latent
 from tropism.models.load import is_of_tokens, load_model
 from tropism.models.lora import LoraSettings
-from tropism.models.masked_lm import MaskedModel, save
+from tropism.models.masked_lm import MaskedModel, load, save
 from tropism.prompts.batches import Prompt, batch_of, own_rows
 from tropism.rewards.load import load_rewards
 from tropism.run import guided_report
@@ -81,6 +82,8 @@ def distil(
     if not 0 < best <= 1:
         raise UserError(f"best is {best:g}; it is the share of the samples that are learnt from. Try --best 0.5.")
     teacher = finished_run(run)
+    if "updates" in teacher.config:
+        raise UserError(f"{run} is a distilled run itself. Give the folder of the guided run that it came from.")
     if not teacher.has_plain:
         raise UserError(f"{run} has no plain samples to compare with. Guide again with --pool 1 or more.")
     place, precision = set_up(device, dtype, threads)
@@ -88,10 +91,12 @@ def distil(
     steps = teacher.config["options"]["steps"]
     strength = teacher.config["options"]["guidance"] if guidance is None else guidance
     getattr(model, "check_request", lambda *_: None)(strength, [p.negative for p in teacher.prompts])
+    reward = teacher.reward()
     clean, prompts = _lessons(model, teacher, best)
     same = ("model", "reward", "max_batch")
     config = as_plain({"method": "distil", **settings, **{name: teacher.config[name] for name in same}})
     config["options"] = {"steps": steps, "guidance": strength}
+    config["run"] = os.path.relpath(run, out)
     with Recorder(out, config, resume=resume, overwrite=overwrite) as recorder:
         bound = {"steps": steps, "guidance": strength}
         fit(
@@ -113,7 +118,7 @@ def distil(
             callback=callback,
         )
         difference = _save(model, Path(out), teacher.prompts)
-        pieces = redrawn(model, teacher, load_rewards(teacher.config["reward"]), steps, strength, Path(out) / "samples")
+        pieces = redrawn(model, teacher, reward, steps, strength, Path(out) / "samples")
         found = _told(Path(out), teacher, pieces, tuple(getattr(model, "letters", ())), recorder, command)
         recorder.say(
             f"{difference}{100 * found.share:.0f} % of the guide's gain is kept. See {Path(out) / 'report.html'}"
@@ -134,10 +139,12 @@ def _model(config: dict[str, Any], adapter: LoraSettings, device: torch.device, 
 
 def _lessons(model: Model, teacher: Kept, best: float) -> tuple[Tensor, list[Prompt]]:
     """Clean states of the samples to learn from, and a prompt for each that names it."""
-    samples, rewards = teacher.joined("samples"), teacher.joined("rewards")
-    places, chosen = teacher.joined("prompts"), []
-    for p in places.unique():
-        rows = (places == p).nonzero()[:, 0]
+    samples, places = teacher.joined("samples"), teacher.joined("prompts")
+    rewards = torch.nan_to_num(teacher.joined("rewards"), nan=-torch.inf, neginf=-torch.inf)
+    texts = [(teacher.prompts[i].text, teacher.prompts[i].negative) for i in places.tolist()]
+    chosen = []
+    for text in dict.fromkeys(texts):
+        rows = torch.tensor([i for i, t in enumerate(texts) if t == text and rewards[i] > -torch.inf], dtype=torch.long)
         chosen.append(rows[rewards[rows].argsort(descending=True)][: max(1, round(best * len(rows)))])
     rows = torch.cat(chosen).sort().values
     device = getattr(model, "device", "cpu")
@@ -151,7 +158,9 @@ def _save(model: Model, out: Path, prompts: Sequence[Prompt]) -> str:
     """The adapter or the weights, and what there is to say of them."""
     if isinstance(model, MaskedModel):
         (out / "weights").mkdir(exist_ok=True)
-        save(cast(Any, model.network), out / "weights" / "model.safetensors")
+        file = out / "weights" / "model.safetensors"
+        save(cast(Any, model.network), file, model.world)
+        model.network.load_state_dict(load(file).state_dict())  # what is drawn and told is what was saved
         return f"Weights saved; use them with --model {out / 'weights' / 'model.safetensors'}\n"
     if isinstance(getattr(model, "lora", None), LoraSettings):
         adapters.save(cast(Latent, model), out / "lora")
@@ -175,5 +184,4 @@ def _told(
     guided_report.write(out, done)
     found = guided_report.table(done)
     plain, student = found[0].mean, found[-1].mean
-    gain = guide.mean - plain
-    return Distilled(out, plain, guide.mean, student, (student - plain) / gain if gain else float("nan"))
+    return Distilled(out, plain, guide.mean, student, guided_report.share_kept(plain, guide.mean, student))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tropism.core import TERMINAL, Batch, Model, Reward, UserError, generator
 from tropism.core import Stream as Streams
-from tropism.guide.lineages import Setting, ValueOf, begin, setting
+from tropism.guide.lineages import Setting, ValueOf, begin, keep, setting
 from tropism.guide.steps import in_chunks, plain_step, rewarded
 from tropism.guide.values import at_the_end
 
@@ -66,7 +66,8 @@ def roll_outs(
     """n plain chains of each prompt with every state on the way. Cost, where no two states are equal: steps rows and one reward each."""
     run = setting(model, reward, batch, n, steps=steps, guidance=guidance, seed=seed, max_batch=max_batch, fixed=fixed)
     run = replace(run, draw=replace(run.draw, update=2**30))  # none of the noise of guided runs
-    state, seen = begin(run), []
+    start, _ = model.start(run.cond, run.draw, torch.tensor(run.times))
+    state, seen = begin(run, start if fixed is None else keep(fixed, start)), []
     for _ in run.running:
         seen.append(state.x.cpu())
         state = plain_step(run, state)

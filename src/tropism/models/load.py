@@ -14,7 +14,7 @@ from tropism import models, plugin
 from tropism.core import Model, UserError
 from tropism.models import masked_lm, own, pipeline
 from tropism.models.latent import Latent
-from tropism.worlds import utr, weights
+from tropism.worlds import molecules, utr, weights
 
 BUNDLED = {"shapes": "shapes/model"}
 TOKENS = ("dna", "utr", "molecules")
@@ -49,7 +49,10 @@ def _tokens(name: str, options: Mapping[str, Any]) -> Model:
         raise UserError(
             f"{name} is a model of token sequences; it has no {', '.join(odd or ['LoRA to train'])}. Use it with guide."
         )
-    how = {"device": options.get("device", "cpu"), "full": bool(options.get("full"))}
+    how: dict[str, Any] = {"device": options.get("device", "cpu"), "full": bool(options.get("full"))}
+    if name == "molecules":
+        molecules.installed()
+    how["world"] = world_of(name)
     if name == "utr":
         shape = masked_lm.Shape(tuple(utr.ALPHABET), utr.LENGTH)
         return cast(Model, masked_lm.MaskedModel(masked_lm.Independent(utr.PRIOR, shape), steps=32, **how))
@@ -60,6 +63,13 @@ def _tokens(name: str, options: Mapping[str, Any]) -> Model:
 def is_of_tokens(source: str) -> bool:
     """Whether it names a model of token sequences: a bundled one, or a file of weights."""
     return source in TOKENS or (source.endswith(".safetensors") and Path(source).is_file())
+
+
+def world_of(source: str) -> str:
+    """The bundled world that a model draws from: its own name, or what a file of weights says; else the name as it is."""
+    if source in TOKENS or not is_of_tokens(source):
+        return source
+    return masked_lm.header(source).get("world") or source
 
 
 def _unknown(source: str) -> UserError:

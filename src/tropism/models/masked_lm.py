@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism import core
-from tropism.core import Batch, Draw
+from tropism.core import Batch, Draw, UserError
 from tropism.models.own import Prompts
 from tropism.process.masked import Masked
 
@@ -86,7 +86,9 @@ class MaskedModel:
         device: str | torch.device = "cpu",
         steps: int = 64,
         full: bool = False,
+        world: str = "",
     ):
+        self.world = world
         trains = full and isinstance(network, Convolutions)
         self.network = network.to(device).eval().requires_grad_(trains)
         self.device, self.dtype = torch.device(device), torch.float32
@@ -147,18 +149,29 @@ def bounds(network: nn.Module, process: Masked, tokens: Tensor, t: Tensor, noise
     return (each * (x_t == process.mask)).mean(1) * process.loss_weight(t)
 
 
-def save(network: Convolutions, file: Path) -> None:
-    """Weights in float16, with the network's shape in the header."""
+def save(network: Convolutions, file: Path, world: str = "") -> None:
+    """Weights in float16, with the network's shape and the name of its world in the header."""
     tensors = {n: p.detach().half().contiguous() for n, p in network.state_dict().items()}
-    save_file(tensors, file, metadata={"shape": json.dumps(asdict(network.shape))})
+    save_file(tensors, file, metadata={"shape": json.dumps(asdict(network.shape)), "world": world})
+
+
+def header(file: str | Path) -> dict[str, str]:
+    """What `save` wrote beside the weights. Raises UserError for another file."""
+    try:
+        with safe_open(str(file), "pt") as f:
+            told = f.metadata() or {}
+        json.loads(told["shape"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{file} does not hold a model of tokens as `align distil` and `pretrain` write it ({type(error).__name__}: {error})."
+        ) from error
+    return told
 
 
 def load(file: str | Path) -> Convolutions:
     """A network that `save` wrote."""
-    with safe_open(str(file), "pt") as f:
-        told = json.loads((f.metadata() or {})["shape"])
+    told = json.loads(header(file)["shape"])
     listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    shape = Shape(**listed)
-    network = Convolutions(shape)
+    network = Convolutions(Shape(**listed))
     network.load_state_dict({n: p.float() for n, p in load_file(str(file)).items()})
     return network

@@ -11,16 +11,19 @@ LOGP = (1.0, 3.0)
 
 def drug_likeness() -> Named:
     """Quantitative estimate of drug-likeness, in (0, 1)."""
+    molecules.installed()
     return Named("qed", False, lambda tokens, batch: molecules.each(tokens, molecules.qed))
 
 
 def synthesis() -> Named:
     """Ease of synthesis, in [0, 1]; 1 is easiest."""
+    molecules.installed()
     return Named("sa", False, lambda tokens, batch: molecules.each(tokens, molecules.ease))
 
 
 def logp_window() -> Named:
     """Minus the distance of Crippen's log P to the window 1 to 3."""
+    molecules.installed()
     return Named("logp-window", False, lambda tokens, batch: molecules.each(tokens, _outside))
 
 
@@ -31,4 +34,5 @@ def _outside(mol) -> float:
 
 def pharmacophore() -> Named:
     """Likeness of the pharmacophore to olaparib's, in [0, 1]: a stand-in for docking that needs no protein."""
+    molecules.installed()
     return Named("pharmacophore", False, lambda tokens, batch: molecules.each(tokens, molecules.pharmacophore))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Kept, Piece, shown
@@ -55,12 +56,27 @@ def trained(name: str, method: str, pieces: Sequence[Piece], network: float, rew
 
 
 def pays_from(entry: Entry, other: Entry) -> float:
-    """The number of samples from which `entry` has taken fewer network rows than `other`; infinite if never, 0 if from the first."""
-    less = other.line.network - entry.line.network
-    more = entry.network - other.network
-    if less <= 0:
-        return 0.0 if more <= 0 and less == 0 else math.inf if more >= 0 else 0.0
-    return max(more / less, 0.0)
+    """The number of samples from which on `entry` takes fewer network rows than `other`; infinite if it never does for good."""
+    less, more = other.line.network - entry.line.network, entry.network - other.network
+    if less > 0:
+        return max(more / less, 0.0)
+    return 0.0 if less == 0 and more < 0 else math.inf
+
+
+def cheaper(one: Entry, other: Entry) -> str:
+    """Which of the two takes fewer network rows, in words."""
+    n, back = pays_from(one, other), pays_from(other, one)
+    if one.network == other.network and one.line.network == other.line.network:
+        return "and takes as many network rows"
+    if n == 0:
+        return "and takes fewer network rows from the first sample on"
+    if n < math.inf:
+        return f"and takes fewer network rows only from {math.ceil(n):,} samples on: for fewer, no training is needed"
+    return (
+        f"and takes fewer network rows only up to {math.floor(back):,} samples"
+        if back > 0
+        else "and never takes fewer network rows"
+    )
 
 
 def verdicts(entries: Sequence[Entry]) -> list[str]:
@@ -69,19 +85,12 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
     for one in [e for e in entries[1:] if e.is_trained]:
         for other in [e for e in entries[1:] if not e.is_trained]:
             a, b = one.line.values[1], other.line.values[1]
-            n = pays_from(one, other)
             reach = (
                 "the same median"
                 if a == b
                 else f"a {'higher' if a > b else 'lower'} median ({number(a)} against {number(b)})"
             )
-            cost = (
-                "and takes fewer network rows from the first sample on"
-                if n == 0
-                else "and takes more network rows for any number of samples"
-                if n == math.inf
-                else f"and takes fewer network rows only from {math.ceil(n):,} samples on: for fewer, no training is needed"
-            )
+            cost = cheaper(one, other)
             said.append(
                 f"{one.line.name} has {reach} than {other.line.name}, {cost}.".replace(
                     "same median than", "same median as"
@@ -92,12 +101,13 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
 
 def measured(first: Kept, entries: Sequence[Entry]) -> list[tuple[str, list[float]]]:
     """(measure, its mean of every entry) of measures that did not guide."""
-    texts, base = [first.prompts[i].text for i in first.joined("prompts").tolist()], first.config["model"]
+    texts, base = [first.prompts[i].text for i in first.joined("prompts").tolist()], world_of(first.config["model"])
     columns: list[dict[str, float]] = []
     for samples in (shown(e.samples) for e in entries):
         if base in guided_tokens.MEASURES:
             found = {n: v.double().nanmean().item() for n, v in guided_tokens.MEASURES[base](samples).items()}
-            found |= {n: b for n, _, b in guided_tokens.of_sets(base, samples, shown(entries[0].samples))}
+            sets = guided_tokens.of_sets(base, samples, shown(entries[0].samples))
+            found |= {n: b if columns else a for n, a, b in sets}  # the plain samples come first
         elif samples.ndim == 4:
             found = {
                 name if key == name else f"{name}/{key}": v.double().mean().item()
@@ -156,9 +166,9 @@ def _drawing(out: Path, first: Kept, entries: Sequence[Entry], texts: list[str],
         heads = tuple(e.line.name for e in entries)
         cells = [[s[i] for s in samples] for i in at]
         pictures.grid(cells, [texts[i] for i in at], [""] * len(at), heads=heads).save(file)
-    elif first.config["model"] == "molecules":
+    elif world_of(first.config["model"]) == "molecules":
         guided_molecules.drawn(torch.cat([s[:6] for s in samples]), most=6 * len(samples)).save(file)
-    elif first.config["model"] in guided_tokens.MEASURES:
+    elif world_of(first.config["model"]) in guided_tokens.MEASURES:
         guided_tokens.strips([(e.line.name, s) for e, s in zip(entries, samples, strict=True)], most=10).save(file)
     else:
         return None

@@ -5,9 +5,9 @@ A piece holds its guided samples and a pool of the plain model's, on the same no
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from tropism.core import Model, Reward, UserError
 from tropism.guide.best_of_n import best_of_n
 from tropism.guide.lineages import Guided
 from tropism.prompts.batches import Prompt, as_batch
+from tropism.rewards.load import load_rewards
+from tropism.rewards.workers import InWorkers
 from tropism.run.record import Recorder
 from tropism.run.signals import Interrupted, stopping
+
+ROWS = 64
+"""Rows of a piece, at least one prompt's. It must not depend on what a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,11 @@ class Plan:
     fixed: Tensor | None = None
 
     def pieces(self) -> list[range]:
-        """Runs of prompts with equal numbers of samples, so many that a piece fills about max_batch rows."""
+        """Runs of prompts with equal numbers of samples, so many that a piece is about ROWS rows wide, whatever max_batch is."""
         found, at = [], 0
         while at < len(self.prompts):
             n = self.prompts[at][1]
-            most = max(1, self.max_batch // (n * max(self.width, self.pool, 1)))
+            most = max(1, ROWS // (n * max(self.width, self.pool, 1)))
             end = at
             while end < len(self.prompts) and end - at < most and self.prompts[end][1] == n:
                 end += 1
@@ -90,6 +95,29 @@ def stored(samples: Tensor) -> Tensor:
 def shown(samples: Tensor) -> Tensor:
     """What `stored` kept, as pictures in [0, 1]."""
     return samples.float() / 255 if samples.dtype == torch.uint8 else samples
+
+
+def spelled(asked: Sequence[tuple[Prompt, int]]) -> str:
+    """Prompts with their numbers of samples, as `finished_run` reads them again."""
+    return json.dumps([(p.text, p.negative, p.meta, n) for p, n in asked])
+
+
+def fixed_tokens(text: str | None, model: Any) -> Tensor | None:
+    """Tokens (L,) that must stay, -1 where anything may stand. Raises UserError for letters and lengths that the model does not have."""
+    if text is None:
+        return None
+    letters = [str(letter) for letter in getattr(model, "letters", ())]
+    if not letters:
+        raise UserError("Only models of token sequences hold tokens fixed. Leave --fixed out.")
+    length, places = model.shape[0], re.findall(r"\[[^\]]*\]|.", text)
+    odd = sorted({c for c in places if c != "." and c not in letters})
+    if odd or len(places) > length:
+        raise UserError(
+            f"--fixed has {len(places)} places{f' and the letters {chr(44).join(odd)}' if odd else ''}; this model has {length} "
+            f"places and the letters {''.join(letters)}, with a dot where anything may stand."
+        )
+    places += ["."] * (length - len(places))
+    return torch.tensor([letters.index(c) if c != "." else -1 for c in places])
 
 
 def draw_piece(plan: Plan, places: range) -> Piece:
@@ -134,12 +162,13 @@ def run_pieces(plan: Plan, out: Path, recorder: Recorder, say: Callable[[int, in
                     128 + stop.number,
                     f"Stopped: {i + 1} of {len(pieces)} pieces are finished and kept in {out}. Go on with --resume.",
                 )
+    assert sum(len(piece.rewards) for piece in found) == sum(n for _, n in plan.prompts)
     return found
 
 
 def check_begun(plan: Plan, folder: Path) -> None:
     """Raises UserError if the pieces in the folder belong to a run of another method, model, reward, seed or prompts."""
-    for file in sorted(folder.glob("piece-*.safetensors"))[:1]:
+    for file in sorted(folder.glob("piece-*.safetensors")):
         begun = json.loads(_metadata(file).get("identity", "{}"))
         changed = [name for name, value in plan.identity.items() if begun.get(name) != value]
         if changed:
@@ -201,12 +230,24 @@ def _numbers(piece: Piece) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kept:
-    """A finished guided run as its folder tells it. prompts: those that `Piece.prompts` counts. before: spent on a learned value."""
+    """A finished guided run as its folder tells it. prompts: those that `Piece.prompts` counts, with their numbers of samples.
+
+    before: spent on a learned value.
+    """
 
     config: dict[str, Any]
-    prompts: list[Prompt]
+    asked: list[tuple[Prompt, int]]
     pieces: list[Piece]
     before: dict[str, int]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [p for p, _ in self.asked]
+
+    def reward(self) -> Reward:
+        """What guided the run, in workers where it was. Raises UserError for a reward that was made in Python."""
+        texts, workers = self.config["reward"], self.config.get("workers", 0)
+        return InWorkers(texts[0], workers=workers, timeout=self.config["timeout"]) if workers else load_rewards(texts)
 
     @property
     def has_plain(self) -> bool:
@@ -227,18 +268,20 @@ def finished_run(folder: str | Path) -> Kept:
     if not (folder / "report.html").exists():
         raise UserError(f"The run in {folder} is not finished. Go on with the same command and --resume.")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    asked = ast.literal_eval(json.loads(_metadata(files[0])["identity"])["prompts"])
+    told = json.loads(json.loads(_metadata(files[0])["identity"])["prompts"])
+    asked = [(Prompt(text, negative, tuple(map(tuple, meta))), n) for text, negative, meta, n in told]
     judge, before = folder / "value.safetensors", {}
     if judge.exists():
         before = json.loads(_metadata(judge)["told"])["costs"]
-    return Kept(config, [Prompt(text, negative) for text, negative, _ in asked], [read(f) for f in files], before)
+    return Kept(config, asked, [read(f) for f in files], before)
 
 
 def redrawn(model: Model, run: Kept, reward: Reward, steps: int, guidance: float, folder: Path) -> list[Piece]:
     """What another model draws by itself on a run's prompts and noise, beside the run's plain samples; kept in the folder."""
-    told, found = str([(p.text, p.negative, 0) for p in run.prompts]), []
+    told, found = spelled(run.asked), []
     folder.mkdir(parents=True, exist_ok=True)
     how = {"steps": steps, "guidance": guidance, "seed": run.config["seed"], "max_batch": run.config["max_batch"]}
+    how["fixed"] = fixed_tokens(run.config.get("fixed"), model)
     for number, piece in enumerate(run.pieces):
         places = piece.prompts.unique().tolist()
         batch = as_batch([run.prompts[i] for i in places], range(places[0], places[-1] + 1))
@@ -248,4 +291,6 @@ def redrawn(model: Model, run: Kept, reward: Reward, steps: int, guidance: float
         file = folder / f"piece-{number:04d}.safetensors"
         keep(replace(piece, **own), file, {"prompts": told})
         found.append(read(file))
+    if isinstance(reward, InWorkers):
+        reward.close()
     return found

@@ -18,7 +18,7 @@ def measures(tokens: Tensor) -> dict[str, Tensor]:
     known = set(molecules.corpus())
     columns = {
         "valid": torch.tensor([float(bool(s)) for s in texts]),
-        "new": torch.tensor([float(s not in known) for s in texts]),
+        "new": torch.tensor([float(s not in known) if s else torch.nan for s in texts]),
         "gold": molecules.each(tokens, molecules.hidden),
         "qed": molecules.each(tokens, molecules.qed),
         "sa": molecules.each(tokens, molecules.ease),

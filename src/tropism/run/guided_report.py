@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.card import fenced, safe
 from tropism.run.evaluate import diversity
@@ -53,6 +54,11 @@ class Finished:
     teacher: Line | None = None
 
     @property
+    def world(self) -> str:
+        """The bundled world that the model draws from, where there is one."""
+        return world_of(self.base)
+
+    @property
     def how(self) -> str:
         return "from weights distilled from samples guided" if self.teacher else "guided"
 
@@ -62,8 +68,7 @@ class Finished:
         if self.teacher is None:
             return " No weight was changed."
         rows = table(self)
-        gain = self.teacher.mean - rows[0].mean
-        return f" {(rows[-1].mean - rows[0].mean) / gain:.0%} of the guide's gain is kept without it." if gain else ""
+        return " " + told_share(rows[0].mean, self.teacher.mean, rows[-1].mean)
 
     def joined(self, name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
@@ -112,7 +117,7 @@ def table(run: Finished) -> list[Line]:
     own = line_of(run.method, run.pieces, run.before)
     found = []
     if pool:
-        plain_rows = run.cost("network", "plain_costs") / sum(len(p) * p.shape[1] for p in pool)
+        plain_rows = run.cost("network", "plain_costs") / run.cost("rewards", "plain_costs")
         found.append(_line("plain model", pool, 1.0, plain_rows))
         if own.network > 1.5 * plain_rows:
             found.append(_line("best of N, equal network rows", pool, own.network / plain_rows, plain_rows))
@@ -121,28 +126,48 @@ def table(run: Finished) -> list[Line]:
     return [*found, *([run.teacher] if run.teacher else []), own]
 
 
+def told_share(plain: float, guided: float, distilled: float) -> str:
+    """How much of a guide's gain is kept, in a sentence."""
+    share = share_kept(plain, guided, distilled)
+    return (
+        "The guide gained nothing that could be kept."
+        if share != share
+        else f"{share:.0%} of the guide's gain is kept without it."
+    )
+
+
+def share_kept(plain: float, guided: float, distilled: float) -> float:
+    """(distilled - plain) / (guided - plain) of mean rewards; NaN where the guide gained nothing."""
+    gain = guided - plain
+    return (distilled - plain) / gain if gain > 0 and math.isfinite(gain) else math.nan
+
+
 def line_of(name: str, pieces: Sequence[Piece], before: Mapping[str, int] = MappingProxyType({})) -> Line:
-    """The row of guided samples. before: what was spent on them all."""
+    """The row of guided samples; a row backward counts as two. before: what was spent on them all."""
     rewards = torch.cat([piece.rewards for piece in pieces])
     cost = lambda what: (sum(p.costs.get(what, 0) for p in pieces) + before.get(what, 0)) / len(rewards)
     note = "its roll-outs counted" if before else ""
-    return Line(name, quantiles(rewards), rewards.mean().item(), cost("network"), cost("rewards"), note)
+    rows = cost("network") + 2 * cost("backward")
+    return Line(name, quantiles(rewards), rewards.mean().item(), rows, cost("rewards"), note)
 
 
 def _pools(run: Finished) -> list[Tensor]:
-    """Each prompt's pool (1, P) once, where the run has pools."""
-    found = []
-    for piece in run.pieces:
-        if piece.pool.numel():
-            firsts = [int((piece.prompts == p).nonzero()[0, 0]) for p in piece.prompts.unique()]
-            found += [piece.pool[i : i + 1] for i in firsts]
-    return found
+    """Each prompt's pool once, a row for each of its samples (n, P), where the run has pools."""
+    return [
+        piece.pool[piece.prompts == p] for piece in run.pieces if piece.pool.numel() for p in piece.prompts.unique()
+    ]
+
+
+def pooled(pools: Sequence[Tensor], n: float) -> tuple[Tensor, Tensor]:
+    """`best_of` over all pools, each as heavy as it has samples; values that cannot be drawn are left out."""
+    pairs, total = [(*best_of(pool[:1], n), len(pool)) for pool in pools], sum(len(pool) for pool in pools)
+    values, weights = torch.cat([v for v, _, _ in pairs]), torch.cat([w * k / total for _, w, k in pairs])
+    return values[weights > 0], weights[weights > 0]
 
 
 def _line(name: str, pools: Sequence[Tensor], n: float, plain_rows: float) -> Line:
     n = max(n, 1.0)
-    pairs = [best_of(pool, n) for pool in pools]
-    values, weights = torch.cat([v for v, _ in pairs]), torch.cat([w for _, w in pairs]) / len(pairs)
+    values, weights = pooled(pools, n)
     smallest = min(pool.shape[1] for pool in pools)
     note = (
         f"N = {n:.3g}" + (f", a lower bound: {smallest} plain samples a prompt" if n > smallest else "")
@@ -174,14 +199,14 @@ def measured(run: Finished) -> list[tuple[str, float, float, float]]:
 
 def _of_tokens(run: Finished, guided: Tensor, twins: Tensor) -> list[tuple[str, float, float, float]]:
     rows = []
-    if run.base in guided_tokens.MEASURES:
-        before, after = (guided_tokens.MEASURES[run.base](x) for x in (twins, guided))
+    if run.world in guided_tokens.MEASURES:
+        before, after = (guided_tokens.MEASURES[run.world](x) for x in (twins, guided))
         for name, b in after.items():
             a, b = before[name].double(), b.double()
             a, b = a[~a.isnan()], b[~b.isnan()]
             error = (a.var() / len(a) + b.var() / len(b)).sqrt().item()
             rows.append((name, a.mean().item(), b.mean().item(), error))
-    return rows + [(*row, math.nan) for row in guided_tokens.of_sets(run.base, guided, twins)]
+    return rows + [(*row, math.nan) for row in guided_tokens.of_sets(run.world, guided, twins)]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -205,8 +230,8 @@ def _csv(file: Path, run: Finished) -> None:
         told: dict[str, list[str]] = {}
         if run.letters:
             told["sequence"] = guided_tokens.letters_of(run.joined("samples"), run.letters)
-        if run.base in guided_tokens.READABLE:
-            name, read = guided_tokens.READABLE[run.base]
+        if run.world in guided_tokens.READABLE:
+            name, read = guided_tokens.READABLE[run.world]
             told[name] = read(run.joined("samples"))
         writer.writerow(["sample", "prompt", "reward", "ancestor", *told])
         ancestors = run.joined("ancestors").tolist()
@@ -217,7 +242,7 @@ def _csv(file: Path, run: Finished) -> None:
 
 def _save_pictures(out: Path, run: Finished, most: int = 24) -> None:
     guided, twins, rewards = shown(run.joined("samples")), shown(run.joined("twins")), run.joined("rewards")
-    if run.base == "molecules":
+    if run.world == "molecules":
         order = rewards.argsort(descending=True)
         guided_molecules.drawn(guided[order], rewards[order].tolist()).save(out / "molecules.png")
         if len(twins):
@@ -254,14 +279,11 @@ def _curve(file: Path, run: Finished) -> None:
     pools, rewards = _pools(run), run.joined("rewards")
     drawn = [(run.method, rewards, torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64), "#d1495b")]
     if pools:
-        plain_rows = run.cost("network", "plain_costs") / sum(p.numel() for p in pools)
+        plain_rows = run.cost("network", "plain_costs") / run.cost("rewards", "plain_costs")
         n = line_of(run.method, run.pieces, run.before).network / plain_rows
         others = [(f"best of {n:.3g}, equal network rows", n, "#2f6690")] if n > 1.5 else []
         for name, size, colour in (("plain model", 1.0, "#9aa3ad"), *others):
-            pairs = [best_of(pool, max(size, 1.0)) for pool in pools]
-            drawn.append(
-                (name, torch.cat([v for v, _ in pairs]), torch.cat([w for _, w in pairs]) / len(pairs), colour)
-            )
+            drawn.append((name, *pooled(pools, max(size, 1.0)), colour))
     for name, values, weights, colour in drawn:
         order = values.argsort()
         axes.step(values[order], weights[order].cumsum(0), where="post", label=name, color=colour, lw=1.5)

@@ -78,16 +78,17 @@ def _learn(plan: Plan, count: int, loss: str, alpha: float, file: Path, recorder
         fixed=plan.fixed,
     )
     rows = getattr(plan.model, "calls", {}).get("network", 0) - before.get("network", 0)
-    if not torch.isfinite(data.rewards).any() or data.rewards.std() == 0:
+    finite = data.rewards[data.rewards.isfinite()]
+    if not len(finite) or (data.rewards == torch.inf).any():
+        raise UserError(
+            "The rewards of the roll-outs are infinite or NaN, so no value can be learnt. Make the reward finite."
+        )
+    low = finite.min().item()
+    data = replace(data, rewards=torch.nan_to_num(data.rewards, nan=low, neginf=low))
+    if data.rewards.std() == 0:
         raise UserError(
             f"All {len(data.rewards)} roll-outs have the same reward, so no value can be learnt. Add --roll-outs, or leave --value out."
         )
-    data = replace(
-        data,
-        rewards=torch.nan_to_num(
-            data.rewards, nan=(low := data.rewards[data.rewards.isfinite()].min().item()), neginf=low
-        ),
-    )
     mean, scale = data.rewards.mean().item(), data.rewards.std().item()
     data = replace(data, rewards=(data.rewards - mean) / scale)
     kept = torch.arange(len(data.rewards)) % HELD == HELD - 1

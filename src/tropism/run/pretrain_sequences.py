@@ -50,5 +50,5 @@ def sequence_world(name: str, out: Path, updates: int | None = None, batch: int 
             return loss(network, process, tokens, u**2, drawn, weight=2 * u)  # small t teach more a row
 
     train(name, network, value, out / ".train", updates=updates or how.updates, lr=how.lr, ema=0.999)
-    save(network, out / "model.safetensors")
+    save(network, out / "model.safetensors", name)
     return network

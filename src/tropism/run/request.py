@@ -153,7 +153,10 @@ def as_plain(value: Any) -> Any:
 def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
     """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
     named = str(model) if isinstance(model, str | Path) else type(model).__name__
-    return {"model": Path(named).name, "reward": " ".join(part.rpartition("/")[2] for part in spelled(reward))}
+    return {
+        "model": Path(named).name,
+        "reward": " ".join(p if p.startswith("dock:") else p.rpartition("/")[2] for p in spelled(reward)),
+    }
 
 
 def _remarks(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:

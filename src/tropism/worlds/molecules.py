@@ -31,12 +31,17 @@ REFERENCE = "O=C(C1CC1)N1CCN(CC1)C(=O)c1cc(Cc2n[nH]c(=O)c3ccccc23)ccc1F"
 """Olaparib, a ligand of PARP1: what `pharmacophore` compares with."""
 
 
-@cache
-def _chem() -> Any:
-    """rdkit.Chem. Raises UserError where RDKit or selfies are missing."""
+def installed() -> None:
+    """Raises UserError where RDKit or selfies are missing."""
     for name in ("rdkit", "selfies"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f'Molecules need {name}, which is not installed: pip install "tropism[molecules]".')
+
+
+@cache
+def _chem() -> Any:
+    """rdkit.Chem. Raises UserError where RDKit or selfies are missing."""
+    installed()
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,19 +114,25 @@ def text(tokens: Tensor) -> list[str]:
 
 @lru_cache(maxsize=200_000)
 def _smiles(row: tuple[int, ...]) -> str:
+    chem = _chem()
     import selfies
 
-    mol = _chem().MolFromSmiles(selfies.decoder("".join(ALPHABET[i] for i in row)))
-    return "" if mol is None else _chem().MolToSmiles(mol)
+    mol = chem.MolFromSmiles(selfies.decoder("".join(ALPHABET[i] for i in row)))
+    return "" if mol is None else chem.MolToSmiles(mol)
 
 
 # ---------------------------------------------------------------------------------------------------- properties
 
 
-def each(tokens: Tensor, score: Any) -> Tensor:
-    """score(molecule) -> float of every row (B,); -inf where there is no molecule. Equal molecules are scored once."""
-    texts = text(tokens)
-    known = {s: score(_chem().MolFromSmiles(s)) if s else -torch.inf for s in dict.fromkeys(texts)}
+def each(tokens: Tensor, score: Any, known: dict[str, float] | None = None) -> Tensor:
+    """score(molecule) -> float of every row (B,); -inf where there is no molecule. Equal molecules are scored once.
+
+    known: {SMILES: score} of those scored before; it is added to.
+    """
+    texts, known = text(tokens), {} if known is None else known
+    for s in dict.fromkeys(texts):
+        if s not in known:
+            known[s] = score(_chem().MolFromSmiles(s)) if s else -torch.inf
     return torch.tensor([known[s] for s in texts], dtype=torch.float64)
 
 
