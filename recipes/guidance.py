@@ -212,6 +212,8 @@ def table(name, out):
     )
     line("plain", [quantiles(p.flatten()) for p in thirds], [measured], plain_rows, 1)
     main = [r for r in rows if r["method"] == "SVDD-PM"]
+    if not main:
+        return
     asked = statistics.mean(r["rewards"] for r in main)
     mark = "" if asked <= size else ", extrapolated: at least"
     best = [quantiles(*best_of(p, asked)) for p in thirds]

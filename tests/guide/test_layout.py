@@ -5,7 +5,7 @@ import torch
 from cases import LAW
 
 from tropism.core import Batch
-from tropism.guide import steps
+from tropism.guide import steps, values
 from tropism.guide import svdd as svdd_module
 from tropism.guide.search import blockwise
 from tropism.guide.smc import smc
@@ -60,11 +60,15 @@ def test_every_sample_has_its_own_prompt(method, more):
 
 
 class Timed(Told):
-    """Remembers the time of every call."""
+    """Remembers the time of every call, and of every x_0."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
-        self.seen = []
+        self.seen, self.clean = [], []
+
+    def x0(self, x_t, out, t):
+        self.clean.append(float(t))
+        return super().x0(x_t, out, t)
 
     def predict(self, x_t, t, cond, guidance):
         self.seen.append(float(t))
@@ -90,9 +94,9 @@ def children_have_their_own_time():
     """The network is asked for children at the time that they stand at, not at their parent's."""
     model = Timed(LAW, exact=False)
     svdd(model, near, PROMPTS, 1, steps=4, m=2)
-    assert model.seen == model.process.times(4).tolist()[:-1], (
-        "the start's, then each child's own, which is the next step's"
-    )
+    times = model.process.times(4).tolist()[:-1]
+    assert model.seen == times, "the start's, then each child's own, which is the next step's"
+    assert model.clean == [t for t in times for _ in range(2)], "of the value and of the step"
 
 
 def mix_prompts(monkeypatch):
@@ -126,9 +130,25 @@ def parents_time(monkeypatch):
     monkeypatch.setattr(svdd_module, "valued", valued)
 
 
+def clean_at_parents_time(monkeypatch):
+    """The network is asked at the right time, but what it says is read as of the parent's."""
+    original, last = values._PosteriorMean.__call__, []
+
+    def valued(self, x_t, t, rows, out):
+        last.append(t)
+        return original(self, x_t, last[-2] if len(last) > 1 and out is not None else t, rows, out)
+
+    monkeypatch.setattr(values._PosteriorMean, "__call__", valued)
+
+
 @pytest.mark.parametrize(
     ("check", "bug"),
-    [(prompts_stay, mix_prompts), (guidance_halves_stay, mix_guidance), (children_have_their_own_time, parents_time)],
+    [
+        (prompts_stay, mix_prompts),
+        (guidance_halves_stay, mix_guidance),
+        (children_have_their_own_time, parents_time),
+        (children_have_their_own_time, clean_at_parents_time),
+    ],
 )
 def test_the_bugs_of_released_code_are_caught(check, bug, monkeypatch):
     check()

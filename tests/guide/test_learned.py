@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from cases import ALPHA, STEPS, histogram, ones, table, variation
+from cases import ALPHA, LAW, STEPS, histogram, ones, table, variation
 
 from tropism.core import Batch, UserError
+from tropism.guide.best_of_n import best_of_n
 from tropism.guide.learned import LOSSES, RollOuts, TokenValue, fitted, learned, regression, roll_outs
+from tropism.guide.lineages import setting
 from tropism.guide.svdd import svdd
+from tropism.worlds.mixture import MixtureModel
 
 MODEL = table()
 COUNT = ones(MODEL.states[MODEL.clean])
@@ -66,6 +69,16 @@ def test_roll_outs_are_the_plain_chain():
     assert data.rewards.mean().item() == pytest.approx(
         (MODEL.chain_law(STEPS).flatten() * COUNT).sum().item(), abs=0.05
     )
+
+
+def test_roll_outs_share_no_noise_with_guided_samples():
+    mixture = MixtureModel(LAW)
+    reward = lambda samples, batch: samples[:, 0]
+    data = roll_outs(mixture, reward, Batch(["x"]), 5, steps=4)
+    plain = best_of_n(mixture, reward, Batch(["x"]), 5, m=1, steps=4)
+    starts = setting(mixture, reward, Batch(["x"]), 5, steps=4, guidance=1.0, seed=0).start
+    assert not torch.isclose(data.states[:, 0], starts).any()
+    assert not torch.isclose(data.rewards, plain.rewards).any()
 
 
 def test_a_fitted_judge_guides_at_one_row_a_step():

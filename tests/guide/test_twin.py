@@ -61,3 +61,22 @@ def test_plain_samples_use_outputs_again():
     assert torch.equal(found.samples, chain)
     assert rows == found.costs.network <= n * 12 + 1, "a place is filled in at most 12 steps, and all start alike"
     assert model.calls["network"] - rows == n * steps
+
+
+class Aging(MaskedModel):
+    """A network whose answers change with time, so that none may be used again."""
+
+    uses_time = True
+
+    def predict(self, x_t, t, cond, guidance):
+        return super().predict(x_t, t, cond, guidance) * (3 * float(t) - 1)
+
+
+def test_a_network_with_a_time_input_is_asked_anew():
+    torch.manual_seed(0)
+    model = Aging(Convolutions(Shape(tuple("ACGU"), 12, hidden=8, kernel=3, dilations=(1,), repeats=1)).double())
+    model.dtype = torch.float64
+    reward, n, steps = (lambda tokens, batch: (tokens == 3).double().sum(1)), 16, 24
+    found = best_of_n(model, reward, Batch([""]), n, m=1, steps=steps)
+    chain = sample(model, Batch([""] * n), Draw(0, 0, tuple(range(n))), steps=steps, guidance=1.0)
+    assert torch.equal(found.samples, chain)

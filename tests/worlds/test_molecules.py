@@ -64,6 +64,9 @@ def test_measures_and_drawings():
     rows = torch.cat([rows, torch.zeros(1, molecules.LENGTH, dtype=torch.long)])
     found = guided_molecules.measures(rows)
     assert found["valid"].tolist() == [1, 1, 1, 0]
+    known = molecules.tokens_of([molecules.corpus()[7], "CCO"])
+    assert guided_molecules.measures(known)["new"].tolist() == [0, 1]
+    assert found["new"].isnan().tolist() == [False, False, False, True]
     assert found["qed"].isnan().tolist() == [False, False, False, True]
     assert found["heavy atoms"][1] == 13
     together = guided_molecules.together(rows)
