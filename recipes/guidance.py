@@ -32,7 +32,7 @@ from tropism.models.masked_lm import bounds
 from tropism.prompts.batches import train_and_held_out
 from tropism.rewards.load import load_reward
 from tropism.run import evaluate, guided_molecules, guided_tokens
-from tropism.run.guided_report import best_of, quantiles
+from tropism.run.guided_table import best_of, quantiles
 from tropism.worlds import shapes, taste
 
 DOMAINS = {

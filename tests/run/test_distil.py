@@ -14,7 +14,7 @@ from tropism.commands.distil import _lessons
 from tropism.core import Batch, UserError
 from tropism.models.load import load_model
 from tropism.models.masked_lm import Convolutions, Independent, MaskedModel, Shape, save
-from tropism.run import compared, evaluate, guided, guided_report
+from tropism.run import compared, evaluate, guided, guided_table
 from tropism.run.guided import finished_run, redrawn
 from tropism.worlds import shapes
 
@@ -228,7 +228,7 @@ def test_guided_and_trained_runs_on_one_page(run, tmp_path, monkeypatch, capsys)
 
 
 def test_where_training_pays():
-    line = lambda network: guided_report.Line("x", (0, 0, 0), 0.0, network, 0.0)
+    line = lambda network: guided_table.Line("x", (0, 0, 0), 0.0, network, 0.0)
     entry = lambda before, network: compared.Entry(line(network), before, 0, torch.zeros(1))
     assert compared.pays_from(entry(900, 10), entry(0, 100)) == 10
     assert compared.pays_from(entry(900, 100), entry(0, 100)) == float("inf")
@@ -243,10 +243,10 @@ def test_where_training_pays():
 
 
 def test_how_much_is_kept():
-    assert guided_report.share_kept(1.0, 3.0, 2.0) == 0.5
-    assert "50% of the guide's gain" in guided_report.told_share(1.0, 3.0, 2.0)
+    assert guided_table.share_kept(1.0, 3.0, 2.0) == 0.5
+    assert "50% of the guide's gain" in guided_table.told_share(1.0, 3.0, 2.0)
     for plain, guided_mean in ((1.0, 0.0), (1.0, 1.0), (-float("inf"), 1.0)):
-        assert "gained nothing" in guided_report.told_share(plain, guided_mean, 0.5)
+        assert "gained nothing" in guided_table.told_share(plain, guided_mean, 0.5)
 
 
 def test_a_learned_values_roll_outs_and_backward_rows_are_counted(tmp_path):

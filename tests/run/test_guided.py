@@ -12,7 +12,7 @@ from tiny_families import BUILDERS, SIZE
 from tropism import cli, commands
 from tropism.core import UserError
 from tropism.run import guided, guided_tokens, guided_value
-from tropism.run.guided_report import best_of, quantiles
+from tropism.run.guided_table import best_of, quantiles
 from tropism.worlds import molecules, utr
 
 QUICK = {"model": "shapes", "reward": "jpeg-bytes", "samples": 4, "options": {"m": 2, "steps": 3}, "pool": 2}

@@ -21,7 +21,7 @@ from tropism.models.lora import LoraSettings
 from tropism.models.masked_lm import MaskedModel, load, save
 from tropism.prompts.batches import Prompt, batch_of, own_rows
 from tropism.rewards.load import load_rewards
-from tropism.run import guided_report
+from tropism.run import guided_report, guided_table
 from tropism.run.checks import at_least_one, overrides, set_up
 from tropism.run.fit import fit
 from tropism.run.guided import Kept, Piece, finished_run, redrawn, shown
@@ -120,9 +120,8 @@ def distil(
         difference = _save(model, Path(out), teacher.prompts)
         pieces = redrawn(model, teacher, reward, steps, strength, Path(out) / "samples")
         found = _told(Path(out), teacher, pieces, tuple(getattr(model, "letters", ())), recorder, command)
-        recorder.say(
-            f"{difference}{100 * found.share:.0f} % of the guide's gain is kept. See {Path(out) / 'report.html'}"
-        )
+        kept = guided_table.told_share(found.plain, found.guided, found.distilled)
+        recorder.say(f"{difference}{kept}\nSee {Path(out) / 'report.html'}")
     return found
 
 
@@ -178,10 +177,10 @@ def _told(
     """The report's files, and the means."""
     texts = [teacher.prompts[i].text for piece in pieces for i in piece.prompts.tolist()]
     rewards = weights_of(load_rewards(teacher.config["reward"]))
-    guide = guided_report.line_of(f"its guide, {teacher.config['method']}", teacher.pieces, teacher.before)
+    guide = guided_table.line_of(f"its guide, {teacher.config['method']}", teacher.pieces, teacher.before)
     told = ("distil", teacher.config["model"], rewards, texts, teacher.config["seed"], command, recorder.config)
     done = guided_report.Finished(*told, recorder.environment, pieces, letters, teacher=guide)
     guided_report.write(out, done)
     found = guided_report.table(done)
     plain, student = found[0].mean, found[-1].mean
-    return Distilled(out, plain, guide.mean, student, guided_report.share_kept(plain, guide.mean, student))
+    return Distilled(out, plain, guide.mean, student, guided_table.share_kept(plain, guide.mean, student))

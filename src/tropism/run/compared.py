@@ -16,7 +16,7 @@ from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Kept, Piece, shown
-from tropism.run.guided_report import Line, line_of, quantiles
+from tropism.run.guided_table import Line, line_of, quantiles
 from tropism.run.products import measures_for
 from tropism.run.report import environment_of, number, spread, uri
 

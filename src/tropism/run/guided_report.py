@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,10 +18,10 @@ from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.card import fenced, safe
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Piece, shown
+from tropism.run.guided_table import QUANTILES, Line, line_of, plain_cost, pooled, pools, rows_of, told_share
 from tropism.run.products import measures_for
 from tropism.run.report import environment_of, number, small, spread, uri
 
-QUANTILES = (0.1, 0.5, 0.9)
 DRAWINGS = (
     ("Sequences", "sequences.png"),
     ("Where they agree", "logo.png"),
@@ -73,108 +71,13 @@ class Finished:
     def joined(self, name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
 
-    def cost(self, name: str, of: str = "costs") -> int:
-        return sum(getattr(piece, of).get(name, 0) for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of the table: quantiles and mean of the reward; rows of the network and rewards a sample; note."""
-
-    name: str
-    values: tuple[float, ...]
-    mean: float
-    network: float
-    rewards: float
-    note: str = ""
-
 
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
-def best_of(pool: Tensor, n: float) -> tuple[Tensor, Tensor]:
-    """(values, weights): the law of the best of n draws from pooled rewards (rows, pool), by order statistics, all rows alike.
-
-    The i-th smallest of P values is the best of n with probability (i / P)^n - ((i - 1) / P)^n; n need not be whole.
-    """
-    values, size = pool.sort(1).values, pool.shape[1]
-    edges = (torch.arange(size + 1, dtype=torch.float64) / size) ** n
-    return values.flatten(), (edges.diff() / len(pool)).expand(len(pool), -1).flatten()
-
-
-def quantiles(values: Tensor, weights: Tensor | None = None) -> tuple[float, ...]:
-    """Weighted quantiles: the least value whose cumulative weight reaches the share."""
-    order = values.argsort()
-    weights = torch.full((len(values),), 1 / len(values), dtype=torch.float64) if weights is None else weights
-    reached = weights[order].cumsum(0)
-    at = [int(torch.searchsorted(reached, q - 1e-9)) for q in QUANTILES]
-    return tuple(values[order][min(i, len(values) - 1)].item() for i in at)
-
-
 def table(run: Finished) -> list[Line]:
-    """The plain model, best-of-N at equal network rows and at equal rewards, and the guided run."""
-    pool = _pools(run)
-    own = line_of(run.method, run.pieces, run.before)
-    found = []
-    if pool:
-        plain_rows = run.cost("network", "plain_costs") / run.cost("rewards", "plain_costs")
-        found.append(_line("plain model", pool, 1.0, plain_rows))
-        if own.network > 1.5 * plain_rows:
-            found.append(_line("best of N, equal network rows", pool, own.network / plain_rows, plain_rows))
-        if own.rewards > 1:
-            found.append(_line("best of N, equal rewards", pool, own.rewards, plain_rows))
-    return [*found, *([run.teacher] if run.teacher else []), own]
-
-
-def told_share(plain: float, guided: float, distilled: float) -> str:
-    """How much of a guide's gain is kept, in a sentence."""
-    share = share_kept(plain, guided, distilled)
-    return (
-        "The guide gained nothing that could be kept."
-        if share != share
-        else f"{share:.0%} of the guide's gain is kept without it."
-    )
-
-
-def share_kept(plain: float, guided: float, distilled: float) -> float:
-    """(distilled - plain) / (guided - plain) of mean rewards; NaN where the guide gained nothing."""
-    gain = guided - plain
-    return (distilled - plain) / gain if gain > 0 and math.isfinite(gain) else math.nan
-
-
-def line_of(name: str, pieces: Sequence[Piece], before: Mapping[str, int] = MappingProxyType({})) -> Line:
-    """The row of guided samples; a row backward counts as two. before: what was spent on them all."""
-    rewards = torch.cat([piece.rewards for piece in pieces])
-    cost = lambda what: (sum(p.costs.get(what, 0) for p in pieces) + before.get(what, 0)) / len(rewards)
-    note = "its roll-outs counted" if before else ""
-    rows = cost("network") + 2 * cost("backward")
-    return Line(name, quantiles(rewards), rewards.mean().item(), rows, cost("rewards"), note)
-
-
-def _pools(run: Finished) -> list[Tensor]:
-    """Each prompt's pool once, a row for each of its samples (n, P), where the run has pools."""
-    return [
-        piece.pool[piece.prompts == p] for piece in run.pieces if piece.pool.numel() for p in piece.prompts.unique()
-    ]
-
-
-def pooled(pools: Sequence[Tensor], n: float) -> tuple[Tensor, Tensor]:
-    """`best_of` over all pools, each as heavy as it has samples; values that cannot be drawn are left out."""
-    pairs, total = [(*best_of(pool[:1], n), len(pool)) for pool in pools], sum(len(pool) for pool in pools)
-    values, weights = torch.cat([v for v, _, _ in pairs]), torch.cat([w * k / total for _, w, k in pairs])
-    return values[weights > 0], weights[weights > 0]
-
-
-def _line(name: str, pools: Sequence[Tensor], n: float, plain_rows: float) -> Line:
-    n = max(n, 1.0)
-    values, weights = pooled(pools, n)
-    smallest = min(pool.shape[1] for pool in pools)
-    note = (
-        f"N = {n:.3g}" + (f", a lower bound: {smallest} plain samples a prompt" if n > smallest else "")
-        if n > 1
-        else ""
-    )
-    return Line(name, quantiles(values, weights), (values * weights).sum().item(), n * plain_rows, n, note)
+    """The rows of a run's table."""
+    return rows_of(run.method, run.pieces, run.before, run.teacher)
 
 
 def measured(run: Finished) -> list[tuple[str, float, float, float]]:
@@ -276,14 +179,14 @@ def _curve(file: Path, run: Finished) -> None:
     figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    pools, rewards = _pools(run), run.joined("rewards")
+    plain, rewards = pools(run.pieces), run.joined("rewards")
     drawn = [(run.method, rewards, torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64), "#d1495b")]
-    if pools:
-        plain_rows = run.cost("network", "plain_costs") / run.cost("rewards", "plain_costs")
+    if plain:
+        plain_rows = plain_cost(run.pieces)
         n = line_of(run.method, run.pieces, run.before).network / plain_rows
         others = [(f"best of {n:.3g}, equal network rows", n, "#2f6690")] if n > 1.5 else []
         for name, size, colour in (("plain model", 1.0, "#9aa3ad"), *others):
-            drawn.append((name, *pooled(pools, max(size, 1.0)), colour))
+            drawn.append((name, *pooled(plain, max(size, 1.0)), colour))
     for name, values, weights, colour in drawn:
         order = values.argsort()
         axes.step(values[order], weights[order].cumsum(0), where="post", label=name, color=colour, lw=1.5)
