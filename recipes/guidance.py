@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tropism.core import Batch
 from tropism.guide.best_of_n import best_of_n
 from tropism.guide.dps import dps
-from tropism.guide.learned import LatentValue, TokenValue, fitted, learned, roll_outs
+from tropism.guide.learned import LatentValue, TokenValue, fitted, learned, roll_outs, standardised
 from tropism.guide.nested import nested
 from tropism.guide.smc import smc
 from tropism.guide.svdd import svdd
@@ -103,13 +103,12 @@ class Domain:
         before = self.model.calls["network"]
         each = ROLL_OUTS // len(self.alone)
         data = roll_outs(self.model, self.reward, self.alone, each, seed=seed, **self.fixed)
-        rewards = data.rewards.clamp_min(data.rewards[data.rewards.isfinite()].min())  # a molecule without atoms
-        rows, mean, scale = self.model.calls["network"] - before, rewards.mean(), rewards.std()
+        data, mean, scale = standardised(data, len(self.alone))
+        rows = self.model.calls["network"] - before
         torch.manual_seed(seed)
         shape, span = data.states.shape[2:], data.times[0]
         network = LatentValue(shape, span) if self.pictures else TokenValue(len(self.model.letters))
-        data = type(data)(data.states, data.times, (rewards - mean) / scale)
-        fitted(network, data, alpha=self.how["alpha"] / scale.item(), loss="mean", seed=seed)
+        fitted(network, data, alpha=self.how["alpha"] / scale, loss="mean", seed=seed)
         return learned(lambda x, t: mean + scale * network(x, t).double()), rows, ROLL_OUTS
 
     def methods(self, seed):
@@ -185,7 +184,7 @@ def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def spread(values, digits=3):
+def spread(values, digits=4):
     """Mean, and the standard deviation over seeds."""
     return f"{statistics.mean(values):.{digits}g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
 

@@ -6,7 +6,7 @@ from cases import ALPHA, LAW, STEPS, histogram, ones, table, variation
 
 from tropism.core import Batch, UserError
 from tropism.guide.best_of_n import best_of_n
-from tropism.guide.learned import LOSSES, RollOuts, TokenValue, fitted, learned, regression, roll_outs
+from tropism.guide.learned import LOSSES, RollOuts, TokenValue, fitted, learned, regression, roll_outs, standardised
 from tropism.guide.lineages import setting
 from tropism.guide.svdd import svdd
 from tropism.worlds.mixture import MixtureModel
@@ -97,6 +97,17 @@ def test_a_fitted_judge_guides_at_one_row_a_step():
     assert found.costs.network == found.costs.distinct < 1000, (
         "one row a sample and step would be 16,000; equal states share theirs"
     )
+
+
+def test_each_prompt_is_measured_by_its_own_mean():
+    rewards = torch.tensor([1.0, 2, 3, 2, 101, 103, 99, -torch.inf])
+    found, mean, scale = standardised(RollOuts(torch.zeros(8, 1, 4), (1.0,), rewards), 2)
+    each = found.rewards.reshape(2, 4)
+    torch.testing.assert_close(each.mean(1), torch.zeros(2))
+    torch.testing.assert_close((each[1] * scale), torch.tensor([25.0, 27, 23, -75]))
+    assert found.rewards.std().item() == pytest.approx(1) and mean == pytest.approx(39)
+    few, mean, scale = standardised(RollOuts(torch.zeros(8, 1, 4), (1.0,), rewards[:7].repeat(2)[:8]), 4)
+    torch.testing.assert_close(few.rewards * scale + mean, rewards[:7].repeat(2)[:8])
 
 
 def test_what_cannot_be_fitted():

@@ -14,7 +14,7 @@ from tropism.commands.distil import _lessons
 from tropism.core import Batch, UserError
 from tropism.models.load import load_model
 from tropism.models.masked_lm import Convolutions, Independent, MaskedModel, Shape, save
-from tropism.run import compared, evaluate, guided, guided_table
+from tropism.run import compared, evaluate, guided, guided_table, guided_value
 from tropism.run.guided import finished_run, redrawn
 from tropism.worlds import shapes
 
@@ -249,12 +249,21 @@ def test_how_much_is_kept():
         assert "gained nothing" in guided_table.told_share(plain, guided_mean, 0.5)
 
 
-def test_a_learned_values_roll_outs_and_backward_rows_are_counted(tmp_path):
-    how = {"model": "dna", "samples": 4, "pool": 1, "out": tmp_path / "a"}
-    commands.guide("svdd", value="learned", roll_outs=16, options={"m": 2, "steps": 4}, **how)
+def test_a_learned_values_roll_outs_and_backward_rows_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(guided_value, "UPDATES", 20)
+    torch.manual_seed(0)
+    save(Convolutions(Shape(tuple("ACGU"), 12, 16, 3, (1, 2), 1)), tmp_path / "base.safetensors")
+    (tmp_path / "r.py").write_text(
+        "from torch.nn.functional import one_hot\n"
+        "def a(x, batch):\n"
+        "    return (x if x.is_floating_point() else one_hot(x, 4).double())[..., 0].mean(1)\n"
+    )
+    how = {"model": str(tmp_path / "base.safetensors"), "reward": f"{tmp_path}/r.py:a", "samples": 4, "pool": 1}
+    learned = {"value": "learned", "roll_outs": 16, "options": {"m": 2, "steps": 4}}
+    commands.guide("svdd", out=tmp_path / "a", **learned, **how)
     kept = finished_run(tmp_path / "a")
     assert compared.guided("a", kept).rewards == 16 and 16 < compared.guided("a", kept).network <= 16 * 4
-    run = commands.guide("dps", options={"steps": 4, "scale": 1.0}, **how | {"out": tmp_path / "b"})
+    run = commands.guide("dps", options={"steps": 4, "scale": 1.0}, out=tmp_path / "b", **how)
     cost = run.pieces[0].costs
     assert run.table[-1].network == (cost["network"] + 2 * cost["backward"]) / 4 > cost["network"] / 4
 

@@ -392,8 +392,13 @@ def test_a_scaffold_stays(tmp_path):
 # ------------------------------------------------------------------------------------------------ learned values
 
 
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(guided_value, "UPDATES", 60)
+
+
 @pytest.mark.parametrize("model", ["utr", "shapes"])
-def test_a_learned_value(model, tmp_path, capsys):
+def test_a_learned_value(model, tmp_path, capsys, short):
     how = {"model": model, "samples": 6, "roll_outs": 24, "value": "learned", "pool": 1}
     how |= {"reward": "utr-load"} if model == "utr" else {"reward": "jpeg-bytes", "prompts": PROMPTS}
     options = {"m": 3, "steps": 4}
@@ -421,7 +426,7 @@ def test_a_value_of_ones_own(tmp_path):
     assert run.table[-1].rewards <= 6, "the children of the last step only, equal ones once"
 
 
-def test_a_learned_value_guides_to_what_it_learnt(tmp_path, monkeypatch):
+def test_a_learned_value_guides_to_what_it_learnt(tmp_path, monkeypatch, short):
     """The fit sees seven of eight roll-outs, rewards of mean 0 and spread 1, alpha in the same units; and it points upwards."""
     (tmp_path / "r.py").write_text("def r(tokens, batch):\n    return 100 + 40 * (tokens == 0).double().mean(1)\n")
     seen = {}

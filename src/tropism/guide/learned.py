@@ -77,6 +77,31 @@ def roll_outs(
     return RollOuts(torch.stack(seen, 1), tuple(run.times[i] for i in run.running), found)
 
 
+def standardised(data: RollOuts, prompts: int) -> tuple[RollOuts, float, float]:
+    """(the roll-outs with rewards of mean 0 and deviation 1, the mean, the deviation), for a network that is fitted in its own units.
+
+    prompts: the roll-outs are of so many, one after the other. With 4 or more of each, every prompt's own mean is taken off: a network that
+    is not told the prompt cannot know it, and children of one prompt are compared with each other only. NaN and -inf count as the lowest.
+    Raises UserError where nothing can be learnt: infinite rewards, or all alike.
+    """
+    finite = data.rewards[data.rewards.isfinite()]
+    if not len(finite) or (data.rewards == torch.inf).any():
+        raise UserError(
+            "The rewards of the roll-outs are infinite or NaN, so no value can be learnt. Make the reward finite."
+        )
+    low = finite.min().item()
+    rewards = torch.nan_to_num(data.rewards, nan=low, neginf=low)
+    each = rewards.reshape(prompts, -1)
+    mean = each.mean(1, keepdim=True) if each.shape[1] >= 4 else rewards.mean()
+    gaps = (each - mean).flatten()
+    scale = gaps.std().item()
+    if not scale > 0:
+        raise UserError(
+            f"All {len(rewards)} roll-outs have the same reward, so no value can be learnt. Draw more, or guide without a learned value."
+        )
+    return replace(data, rewards=gaps / scale), rewards.mean().item(), scale
+
+
 def fitted(
     network: nn.Module,
     data: RollOuts,

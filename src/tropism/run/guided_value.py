@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism.core import UserError
-from tropism.guide.learned import LOSSES, LatentValue, RollOuts, TokenValue, fitted, learned, roll_outs
+from tropism.guide.learned import LOSSES, LatentValue, RollOuts, TokenValue, fitted, learned, roll_outs, standardised
 from tropism.guide.lineages import ValueOf
 from tropism.prompts.batches import as_batch
 from tropism.run.guided import Plan, damaged
 from tropism.run.record import Recorder
 
+UPDATES = 1000
+"""Of the fit."""
 HELD = 8
 """One roll-out in so many is kept out of the fit, to see what the network knows."""
 
@@ -78,24 +80,17 @@ def _learn(plan: Plan, count: int, loss: str, alpha: float, file: Path, recorder
         fixed=plan.fixed,
     )
     rows = getattr(plan.model, "calls", {}).get("network", 0) - before.get("network", 0)
-    finite = data.rewards[data.rewards.isfinite()]
-    if not len(finite) or (data.rewards == torch.inf).any():
-        raise UserError(
-            "The rewards of the roll-outs are infinite or NaN, so no value can be learnt. Make the reward finite."
-        )
-    low = finite.min().item()
-    data = replace(data, rewards=torch.nan_to_num(data.rewards, nan=low, neginf=low))
-    if data.rewards.std() == 0:
-        raise UserError(
-            f"All {len(data.rewards)} roll-outs have the same reward, so no value can be learnt. Add --roll-outs, or leave --value out."
-        )
-    mean, scale = data.rewards.mean().item(), data.rewards.std().item()
-    data = replace(data, rewards=(data.rewards - mean) / scale)
+    data, mean, scale = standardised(data, len(prompts))
     kept = torch.arange(len(data.rewards)) % HELD == HELD - 1
     shape = list(data.states.shape[2:])
     torch.manual_seed(plan.seed)
     network = fitted(
-        _network(plan, shape, data.times[0]), _some(data, ~kept), alpha=alpha / scale, loss=loss, seed=plan.seed
+        _network(plan, shape, data.times[0]),
+        _some(data, ~kept),
+        alpha=alpha / scale,
+        loss=loss,
+        updates=UPDATES,
+        seed=plan.seed,
     )
     half, late = (correlation(network, _some(data, kept), at) for at in (len(data.times) // 2, len(data.times) - 1))
     recorder.say(
