@@ -104,6 +104,15 @@ def test_log_z():
     assert abs(rough.mean() - z) < 4 * rough.std() / 200**0.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nested_at_a_hundred_thousand(seed):
+    """Four children, 64 lineages a prompt, exact values: below the 99 % quantile of a perfect sampler of as many draws."""
+    many = Batch(["x"] * 1563)
+    found = nested(MODEL, CENTRE, many, 64, m=4, alpha=ALPHA, value=EXACT, seed=seed, **RUN)
+    assert ks(found.samples[:100_000], TILTED) < 1.628 / 100_000**0.5
+
+
 def test_nested_with_one_child_is_smc():
     one, other = (
         f(MODEL, CENTRE, ONE, 100, alpha=ALPHA, seed=3, **RUN, **m) for f, m in ((nested, {"m": 1}), (smc, {}))
