@@ -6,9 +6,10 @@ import pytest
 import torch
 from toy import ToyModel, batch, smooth_reward
 
-from tropism.align.alignprop import alignprop, reward_loss
+from tropism.align.alignprop import alignprop
 from tropism.align.rollout import Chain, plain
 from tropism.align.truncation import bernoulli
+from tropism.align.update import reward_loss
 from tropism.core import Draw, Stream, UserError, generator
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named

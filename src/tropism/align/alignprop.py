@@ -6,13 +6,13 @@ Aligning Text-to-Image Diffusion Models with Reward Backpropagation, arXiv 2310.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from tropism.align.rollout import Chain, StepLoss, Swept, surrogate, sweep
 from tropism.align.truncation import Policy, active_steps
-from tropism.core import Batch, Cond, Draw, Info, Model, Reward, Stream, UserError, generator, name_of
+from tropism.align.update import begin, climb, drift_penalty, reward_loss, step_of
+from tropism.core import Batch, Info, Model, Reward, Stream, generator
 
 
 def alignprop(
@@ -44,78 +44,13 @@ def alignprop(
     Raises UserError for both hinge and target, a negative drift, or a truncation that cannot be.
     """
     loss = reward_loss(hinge, target)
-    with torch.no_grad():
-        draw = Draw(seed, update, batch.index)
-        cond = model.encode(batch, draw)
-        times = model.process.times(steps, cond.shape)
-        x_T, first = model.start(cond, draw, times)
-    runs = steps - first
-    active = (False,) * first + active_steps(truncation, runs, generator(seed, Stream.TRUNCATION, update))
-    chain = Chain(
-        model,
-        reward,
-        batch,
-        cond,
-        draw,
-        tuple(times.tolist()),
-        guidance,
-        active,
-        first,
+    chain, x_T = begin(model, reward, batch, seed=seed, update=update, steps=steps, guidance=guidance)
+    drawn = active_steps(truncation, steps - chain.first, generator(seed, Stream.TRUNCATION, update))
+    chain = replace(
+        chain,
+        active=(False,) * chain.first + drawn,
         detach_input=detach_input,
-        step_loss=drift_penalty(model, guidance, drift, sum(active), drift_detach),
+        step_loss=drift_penalty(model, guidance, drift, sum(drawn), drift_detach),
     )
-    parameters = list(model.trainable().values())
-    swept = sweep(chain, x_T, loss, parameters, micro_batch)
-    if not swept.has_graph:
-        raise UserError(
-            f"Reward '{name_of(reward)}' returned values without a gradient, and AlignProp needs one. "
-            "Compute the reward from the images with torch operations, without .item(), numpy, PIL or torch.no_grad()."
-        )
-    value = swept.losses.sum() + swept.step_losses.sum()
-    yield surrogate(swept.gradient, parameters, value), report(swept, len(batch), active)
+    yield step_of(chain, climb(chain, x_T, loss, micro_batch))
     return state
-
-
-def reward_loss(hinge: float | None, target: float | None):
-    """The elementwise loss of a reward: -r, the hinge max(0, c - r), or the distance |r - c|."""
-    if hinge is not None and target is not None:
-        raise UserError(
-            f"Both hinge ({hinge}) and target ({target}) are given, but a reward has one loss. Drop one of them."
-        )
-    if hinge is not None:
-        return lambda r: (hinge - r).clamp_min(0)
-    return (lambda r: (r - target).abs()) if target is not None else (lambda r: -r)
-
-
-def drift_penalty(model: Model, guidance: float, weight: float, active: int, detach: bool) -> StepLoss | None:
-    """weight / K * mean over dimensions of (out - base's out)^2, at the same x_t, as a step loss; None for weight 0."""
-    if weight < 0:
-        raise UserError(f"drift is {weight}; a negative weight would reward leaving the base model. Use 0 or more.")
-    if weight == 0:
-        return None
-
-    def penalty(x_t: Tensor, out: Tensor, t: float, cond: Cond) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach), model.base():
-            reference = model.predict(x_t.detach() if detach else x_t, t, cond, guidance)
-        return weight / active * (out - reference).pow(2).flatten(1).mean(1)
-
-    return penalty
-
-
-def report(swept: Swept, samples: int, active: tuple[bool, ...]) -> Info:
-    """What the update says of itself."""
-    scalars = {
-        "active_steps": float(sum(active)),
-        "clamped": swept.clamped,
-        "loss": swept.losses.mean().item(),
-        "drift_penalty": swept.step_losses.mean().item(),
-        "micro_batch": float(swept.piece),
-    }
-    scalars |= {f"step_norm/{i}": n for i, n in sorted(swept.step_norms.items())}
-    return Info(
-        samples,
-        {"reward": swept.rewards, **swept.parts},
-        scalars,
-        {**swept.rows, "decode": samples, "reward": samples},
-        swept.images,
-    )

@@ -43,7 +43,7 @@ class Chain:
     detach_input: bool = False
     step_loss: StepLoss | None = None
 
-    def __getitem__(self, rows: slice) -> Chain:
+    def __getitem__(self, rows: slice | list[int]) -> Chain:
         return Chain(**{**self.__dict__, "batch": self.batch[rows], "cond": self.cond[rows], "draw": self.draw[rows]})
 
     @property
@@ -71,7 +71,7 @@ class Chain:
 
 @dataclass
 class Swept:
-    """What a rollout yields: gradient of the summed loss by parameter, rewards (B,), loss (B,), parts, pictures, costs."""
+    """What a rollout yields: gradient of the summed loss by parameter, rewards (B,), loss (B,), parts, pictures, last states, costs."""
 
     gradient: list[Tensor]
     rewards: Tensor
@@ -79,6 +79,7 @@ class Swept:
     parts: dict[str, Tensor]
     images: Tensor
     step_losses: Tensor
+    ends: Tensor
     step_norms: dict[int, float] = field(default_factory=dict)
     clamped: float = 0.0
     has_graph: bool = True
@@ -185,6 +186,7 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], mic
         parts,
         images,
         x.new_zeros(len(x)),
+        ends,
         clamped=((images <= 0) | (images >= 1)).float().mean().item(),
         has_graph=alive,
     )
@@ -237,6 +239,7 @@ def plain(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor]) -> 
         {k: v.detach() for k, v in parts.items()},
         images.detach(),
         extra.detach(),
+        x.detach(),
         has_graph=alive,
         rows={"forward": network.rows("network"), "backward": network.rows("backward")},
     )

@@ -67,7 +67,7 @@ def policy(choice: str | int | Policy, n: int) -> Policy:
         if not 1 <= int(text) <= n:
             raise UserError(
                 f"Truncation K = {text}, but {n} steps run, so no policy can reach further back than {n} or less "
-                f"than 1. Try --truncation {min(n, max(1, int(text)))} or more --steps."
+                f"than 1. Try {min(n, max(1, int(text)))} or more --steps."
             )
         return partial(last, k=int(text))
     if text not in POLICIES:

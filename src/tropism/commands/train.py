@@ -11,6 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from tropism.align.alignprop import alignprop
+from tropism.align.ddpo import ddpo
+from tropism.align.draft import draft, draft_lv
+from tropism.align.drtune import drtune
+from tropism.align.refl import refl
 from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.doctor.examine import examine
 from tropism.models import lora
@@ -25,7 +29,14 @@ from tropism.run.products import Judge, Products
 from tropism.run.record import Recorder
 from tropism.run.request import Request
 
-METHODS = {"alignprop": alignprop}
+METHODS = {
+    "alignprop": alignprop,
+    "draft": draft,
+    "draft-lv": draft_lv,
+    "refl": refl,
+    "drtune": drtune,
+    "ddpo": ddpo,
+}
 OF_FIT = (
     *("out", "updates", "lr", "weight_decay", "clip", "ema", "schedule", "seed", "micro_batch"),
     *("checkpoint_every", "evaluate_every"),
@@ -93,7 +104,7 @@ def align(
 ) -> Run | None:
     """Change a model's weights so that its samples score higher, and leave a run folder. Returns the finished run.
 
-    method: "alignprop". model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
+    method: alignprop, draft, draft-lv, refl, drtune or ddpo. model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
     prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, "org/name[:column][@split]" on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
@@ -152,7 +163,8 @@ def align(
 def _examined(asked: Request) -> list[str]:
     """The doctor's warnings about a run. Raises UserError for a fault."""
     guidance = asked.hyper.get("guidance", 1.0)
-    found = examine(asked.model, asked.reward, asked.batch(0), guidance=guidance, seed=asked.settings["seed"])
+    seed, gradient = asked.settings["seed"], asked.method not in request.WITHOUT_GRADIENT
+    found = examine(asked.model, asked.reward, asked.batch(0), guidance=guidance, seed=seed, gradient=gradient)
     faults = [f for f in found if f.level == "fault"]
     if faults:
         more = f" ({len(faults) - 1} more: tropism doctor.)" if len(faults) > 1 else ""

@@ -47,6 +47,12 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
 }
 """What is examined, in this order, each with the checks that must have found no fault or warning before."""
 
+OF_THE_PICTURE = (
+    *("reward graph", "reward flat", "reward gradient"),
+    *("clamped pixels", "decoder graph", "decoder gradient"),
+)
+"""Checks of what only a method with the reward's own gradient needs."""
+
 STIRRED: dict[str, tuple[Check, tuple[str, ...]]] = {
     "adapter acts": (adapter.adapter_acts, ("model repeatable",)),
     "base": (adapter.base, ("adapter acts",)),
@@ -59,25 +65,33 @@ STIRRED: dict[str, tuple[Check, tuple[str, ...]]] = {
 
 
 def examine(
-    model: Model, reward: Reward, batch: Batch, *, guidance: float, steps: int = 2, seed: int = 0
+    model: Model,
+    reward: Reward,
+    batch: Batch,
+    *,
+    guidance: float,
+    steps: int = 2,
+    seed: int = 0,
+    gradient: bool = True,
 ) -> list[Finding]:
     """Examine a run before it starts, on two samples of the batch and a chain of `steps` steps. Deterministic.
 
     model: any core.Model; network, rows, decode_raw and calls are used where it has them. reward: any callable
-    (images (B, 3, H, W) in [0, 1], batch) -> (B,). guidance: the run's own. An exception of theirs becomes a fault.
+    (images (B, 3, H, W) in [0, 1], batch) -> (B,). guidance: the run's own. gradient: False leaves out the gradients
+    of reward and decoder, which a policy gradient does without. An exception of theirs becomes a fault.
     Everything is left as it was found: weights to the bit, gradients, call counts, switches and random generators.
     """
     try:
         with as_found(model, reward), torch.enable_grad():
-            return _examined(Case(model, reward, batch, guidance, steps, seed))
+            return _examined(Case(model, reward, batch, guidance, steps, seed), () if gradient else OF_THE_PICTURE)
     except Exception as error:  # before the first check
         return [_raised("model runs", error, reward)]
 
 
-def _examined(case: Case) -> list[Finding]:
+def _examined(case: Case, without: Sequence[str]) -> list[Finding]:
     findings: list[Finding] = []
     passed: set[str] = set()
-    for name in CHECKS:
+    for name in (n for n in CHECKS if n not in without):
         findings += _ran(name, CHECKS, case, passed)
     if "model repeatable" in passed:
         case.stir()

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from tropism.align.alignprop import reward_loss
 from tropism.align.truncation import check_policy
+from tropism.align.update import reward_loss
 from tropism.core import Info, Model, UserError
 from tropism.run.optimiser import schedule_of
 
@@ -137,7 +137,7 @@ def check_chain(
     check_request = getattr(model, "check_request", lambda *_: None)
     check_request(hyper.get("guidance"), negatives)
     check_request(evaluate_guidance)
-    check_policy(hyper.get("truncation", "full"), hyper.get("steps", 50))
+    check_policy(hyper.get("truncation", hyper.get("k", "full")), hyper.get("steps", 50))
     not_negative(drift=hyper.get("drift", 0.0))
     finite_numbers(**{name: hyper.get(name) for name in ("guidance", "hinge", "target")})
     reward_loss(hyper.get("hinge"), hyper.get("target"))

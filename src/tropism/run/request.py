@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tropism.align.ddpo import check_stochastic
 from tropism.core import Batch, Model, Reward, name_of
 from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
@@ -24,6 +25,8 @@ from tropism.run.products import trained_on
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 MODELS_OWN = ("steps", "guidance")
 """Hyperparameters whose default is the model's own, where it has one."""
+WITHOUT_GRADIENT = ("ddpo",)
+"""Methods that need no gradient of the reward, but a stochastic chain."""
 OF_MODEL = ("full", "eta", "height", "width", "quantize", "t5")
 
 Rewards = Reward | str | Sequence[Reward | str]
@@ -33,6 +36,7 @@ Rewards = Reward | str | Sequence[Reward | str]
 class Request:
     """A run's model, reward, prompts to train on and held out, and the method's hyperparameters, read and checked."""
 
+    method: str
     model: Model
     reward: Reward
     train: list[Prompt]
@@ -73,7 +77,8 @@ def read(
     for name in options:
         known(name, hyperparameters(function), f"option of {method}")
     reward_ = read_reward(reward)
-    require_gradient(reward_, f"align {method}")
+    if method not in WITHOUT_GRADIENT:
+        require_gradient(reward_, f"align {method}")
     check_numbers(settings)
     model_ = read_model(model, settings, place, precision) if isinstance(model, str) else model
     hyper = _resolved(function, model_, options)
@@ -82,7 +87,27 @@ def read(
     check_prompts(reward_, [p.text for p in train + held])
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
-    return Request(model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
+    if method in WITHOUT_GRADIENT:
+        check_stochastic(model_, hyper["steps"])
+    _check_options(function, hyper, as_batch(train[: settings["batch"]]))
+    return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
+
+
+class _Reached(Exception):
+    """A method has accepted its options and turned to its model."""
+
+
+class _Nothing:
+    def __getattr__(self, name: str) -> Any:
+        raise _Reached
+
+
+def _check_options(function: Callable, hyper: Mapping[str, Any], batch: Batch) -> None:
+    """Raises UserError for options that the method itself refuses, before any network runs."""
+    try:
+        next(function(_Nothing(), None, batch, state={}, update=0, seed=0, micro_batch=None, **hyper))
+    except _Reached:
+        pass
 
 
 def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:

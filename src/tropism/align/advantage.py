@@ -1,0 +1,51 @@
+"""How much better a sample is than its like: one function an advantage, `(rewards, prompts, past) -> advantages`, all (B,) float64.
+
+past: rewards seen before by prompt, this batch's among them. Statistics are of the whole batch, over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Past = Mapping[str, Sequence[float]]
+Advantage = Callable[[Tensor, list[str], Past], Tensor]
+
+EPSILON = 1e-6
+LEAST = 16
+"""Rewards of a prompt that its own statistics need."""
+KEPT = 32
+"""Rewards of a prompt that are remembered."""
+
+
+def batch(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
+    """(r - mean) / std of the batch."""
+    return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
+
+
+def per_prompt(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
+    """(r - mean) / std of the prompt's remembered rewards; of the batch for prompts seen less than LEAST times. DDPO's, arXiv 2305.13301."""
+    own = [torch.tensor(past[p] if len(past[p]) >= LEAST else rewards.tolist(), dtype=torch.float64) for p in prompts]
+    mean, std = torch.stack([r.mean() for r in own]), torch.stack([r.std(correction=0) for r in own])
+    return (rewards - mean) / (std + EPSILON)
+
+
+def group(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
+    """(r - mean) / std of the prompt's samples in this batch; 0 for a prompt alone in it. GRPO's, Flow-GRPO arXiv 2505.05470."""
+    same = torch.tensor([[p == q for q in prompts] for p in prompts], dtype=torch.float64)
+    mean = (same @ rewards) / same.sum(1)
+    std = ((same @ rewards.square()) / same.sum(1) - mean.square()).clamp_min(0).sqrt()
+    return (rewards - mean) / (std + EPSILON)
+
+
+ADVANTAGES: dict[str, Advantage] = {f.__name__.replace("_", "-"): f for f in (per_prompt, batch, group)}
+
+
+def remembered(past: Past, prompts: list[str], rewards: Tensor) -> dict[str, list[float]]:
+    """`past` with a batch's rewards, KEPT a prompt, the newest last."""
+    found = {p: list(r) for p, r in past.items()}
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        found[prompt] = [*found.get(prompt, []), reward][-KEPT:]
+    return found
