@@ -249,7 +249,7 @@ def scored_parts(reward: Reward, samples: Tensor, batch: Batch) -> tuple[Tensor,
         value = scored(reward, samples, batch)
         return value, {name_of(reward): value}
     parts = reward.parts(samples, batch)
-    return reward.total(parts), parts
+    return reward.total(parts, batch), parts
 
 
 # ---------------------------------------------------------------------------------------------------- info

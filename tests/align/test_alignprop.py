@@ -82,7 +82,9 @@ def test_what_an_update_reports():
     assert list(info.columns) == ["reward", "one", "two"]
     torch.testing.assert_close(info.columns["reward"], info.columns["one"] - 0.5 * info.columns["two"])
     assert (info.samples, info.scalars["active_steps"], info.scalars["micro_batch"]) == (6, 3, 2)
-    assert {k for k in info.scalars if "/" in k} == {"step_norm/7", "step_norm/8", "step_norm/9"}
+    assert {k for k in info.scalars if k.startswith("step")} == {"step_norm/7", "step_norm/8", "step_norm/9"}
+    assert info.scalars["cosine/one|two"] == pytest.approx(-1)  # they pull against each other
+    assert info.scalars["part_norm/two"] == pytest.approx(1.5 * info.scalars["part_norm/one"])
     rows = {"forward": 2 * 6 * 10, "recompute": 2 * 6 * 3, "backward": 2 * 6 * 3}
     assert info.calls == {**rows, "decode": 6, "reward": 6}
 

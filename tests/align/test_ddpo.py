@@ -219,7 +219,7 @@ def test_a_group_is_a_prompt_in_this_batch():
 
 
 def test_the_state_is_plain_and_goes_on():
-    found, state = steps_of(ToyModel(eta=1.0))
+    _, state = steps_of(ToyModel(eta=1.0))
     assert json.loads(json.dumps(state)) == state
     assert {p: len(r) for p, r in state["rewards"].items()} == dict.fromkeys(batch(8).prompts, 1)
     _, later = steps_of(ToyModel(eta=1.0), state=state, n=1)

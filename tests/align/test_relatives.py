@@ -1,6 +1,7 @@
 """DRaFT, DRaFT-LV, ReFL, DRTune: each update against its definition written out by hand in one autograd graph, or in closed form."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_draft_lv_by_hand(copies):
     """x_0 through the last step, then copies of the detached x_0 noised to the last time, each predicted once; the mean of all."""
     model = ToyModel()
     b, draw, cond, times, x = begun(model)
-    for t, s in zip(times[:-2], times[1:-1], strict=True):
+    for t, s in pairwise(times[:-1]):
         with torch.no_grad():
             x = advance(model, x, model.predict(x, t, cond, W), t, s)
     last = times[-2]
@@ -86,7 +87,7 @@ def test_refl_by_hand(n):
     model, stop = ToyModel(), int(generator(SEED, Stream.TIMESTEP, n).integers(7, N))
     b, _, cond, times, x = begun(model, n)
     with torch.no_grad():
-        for t, s in zip(times[:stop], times[1 : stop + 1], strict=True):
+        for t, s in pairwise(times[: stop + 1]):
             x = advance(model, x, model.predict(x, t, cond, W), t, s)
     t = times[stop]
     rewards = smooth_reward(model.decode(model.x0(x, model.predict(x, t, cond, W), t)), b)

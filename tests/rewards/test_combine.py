@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tropism.core import Batch, UserError
-from tropism.rewards.combine import weighted
+from tropism.core import Batch, UserError, scored_parts
+from tropism.rewards.combine import hinge, minimum, product, target, weighted
+from tropism.rewards.load import load_reward, load_rewards
 from tropism.rewards.named import Named
 
 BATCH = Batch(["a", "b"])
@@ -27,7 +29,7 @@ def test_the_sum_and_its_unweighted_parts(images):
     assert list(parts) == ["a", "b"]
     torch.testing.assert_close(parts["b"], x.square().sum((1, 2, 3)))
     torch.testing.assert_close(both(x, BATCH), x.mean((1, 2, 3)) - 0.25 * x.square().sum((1, 2, 3)))
-    torch.testing.assert_close(both.total(parts), both(x, BATCH))
+    torch.testing.assert_close(both.total(parts, BATCH), both(x, BATCH))
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,113 @@ def test_refuses_repetition_and_nothing():
 def test_a_part_of_wrong_shape_is_named(images):
     with pytest.raises(UserError, match="'wide'"):
         weighted([(part("wide", value=lambda x: x.mean((2, 3))), 1)])(images[:2], BATCH)
+
+
+A, B_ = part("a"), part("b", value=lambda x: x.square().mean((1, 2, 3)))
+
+
+def test_joins_in_closed_form(images):
+    x = images[:2]
+    a, b = A(x, BATCH), B_(x, BATCH)
+    for reward, expected in [
+        (product([(A, 1), (B_, 2)]), a * b**2),
+        (minimum([(A, 1), (B_, 3)]), torch.minimum(a, 3 * b)),
+        (hinge(A, 0.5), torch.where(a < 0.5, a, torch.full_like(a, 0.5))),
+        (target(A, 0.4), -(a - 0.4).abs()),
+        (weighted([(hinge(A, 0.5), 2), (B_, -1)]), 2 * a.clamp_max(0.5) - b),
+        (weighted([(product([(A, 1), (hinge(B_, 0.2), 1)]), 3)]), 3 * a * b.clamp_max(0.2)),
+    ]:
+        torch.testing.assert_close(reward(x, BATCH), expected)
+        torch.testing.assert_close(reward.total(reward.parts(x, BATCH), BATCH), expected)
+
+
+def test_what_is_inside_is_reported_and_computed_once(images):
+    calls = []
+    inner = part("a", calls=calls)
+    reward = weighted([(hinge(inner, 0.5), 2), (B_, -1)])
+    parts = reward.parts(images[:2], BATCH)
+    assert list(parts) == ["a", "hinge(a, 0.5)", "b"]
+    assert calls == ["a"]
+    torch.testing.assert_close(parts["hinge(a, 0.5)"], parts["a"].clamp_max(0.5))
+
+
+def test_beyond_a_hinge_there_is_no_gradient(images):
+    x = images[:2].requires_grad_()
+    low, high = A(x, BATCH).sort().values.tolist()
+    slopes = torch.autograd.grad(hinge(A, (low + high) / 2)(x, BATCH).sum(), x)[0].flatten(1).abs().sum(1)
+    assert sorted(slopes.tolist())[0] == 0 < sorted(slopes.tolist())[1]
+
+
+def test_only_the_least_has_a_gradient(images):
+    x = images[:1].requires_grad_()
+    least = minimum([(A, 1), (B_, 1)])(x, Batch(["a"]))  # x in [0, 1], so the square is smaller
+    torch.testing.assert_close(torch.autograd.grad(least, x)[0], torch.autograd.grad(B_(x, Batch(["a"])), x)[0])
+
+
+def test_a_product_needs_positive_rewards(images):
+    with pytest.raises(UserError, match="positive"):
+        product([(part("low", value=lambda x: -x.mean((1, 2, 3))), 1), (A, 1)])(images[:2], BATCH)
+
+
+def test_a_sum_inside_a_product_stays_a_sum(images):
+    x = images[:2]
+    reward = weighted([(product([(weighted([(A, 1), (B_, 2)]), 1), (A, 1)]), 1), (B_, 1)])
+    a, b = A(x, BATCH), B_(x, BATCH)
+    torch.testing.assert_close(reward(x, BATCH), (a + 2 * b) * a + b)
+
+
+def test_scales_of_a_sum(images):
+    x = images[:2]
+    reward = replace(weighted([(A, 2), (B_, 1)]), scales={"a": (0.3, 0.1)})
+    torch.testing.assert_close(reward(x, BATCH), 2 * (A(x, BATCH) - 0.3) / 0.1 + B_(x, BATCH))
+
+
+def test_a_prompt_is_scored_by_the_rewards_it_is_meant_for(images):
+    calls, x = [], images.clone().requires_grad_()
+    counted = part("b", value=lambda x: calls.append(len(x)) or x.square().mean((1, 2, 3)))
+    batch = Batch(["1", "2", "3", "4"], meta=[{"reward": "a"}, {"reward": ["a", "b"]}, {}, {"reward": ["b"]}])
+    reward = weighted([(A, 2), (counted, -1)])
+    a, b = A(x, batch), B_(x, batch)
+    value, parts = scored_parts(reward, x, batch)
+    torch.testing.assert_close(value, torch.stack([2 * a[0], 2 * a[1] - b[1], 2 * a[2] - b[2], -b[3]]))
+    assert calls == [3]  # the first picture is not shown to b
+    assert parts["a"].isnan().tolist() == [False, False, False, True]
+    assert parts["b"].isnan().tolist() == [True, False, False, False]
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    assert slope.isfinite().all()
+    torch.testing.assert_close(slope[3], -torch.autograd.grad(B_(x, batch)[3], x)[0][3])
+    alone = torch.cat([reward(x[[i]], batch[[i]]) for i in range(4)])
+    torch.testing.assert_close(alone, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("hinge(jpeg,-1.2)", "hinge(jpeg, -1.2)"),
+        ("target( jpeg , 0.5 )", "target(jpeg, 0.5)"),
+        ("product(shapes-count,jpeg=0.3)", "product(shapes-count, jpeg=0.3)"),
+        ("minimum(hinge(jpeg,-1),shapes-count=2)=0.5", "0.5 minimum(hinge(jpeg, -1), shapes-count=2)"),
+    ],
+)
+def test_spelled_rewards(text, name):
+    reward = load_rewards([text])
+    assert reward.name == name
+    bare = text.rpartition(")")[0] + ")"
+    assert load_reward(load_reward(bare).name).name == load_reward(bare).name  # a name can be given as a reward again
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hinge(jpeg)", "not a reward and a number"),
+        ("hinge(jpeg,high)", "not a reward and a number"),
+        ("hinge(jpeg,inf)", "finite"),
+        ("product(jpeg)", "at least two"),
+        ("minimum(jpeg,,jpeg)", "missing between the commas"),
+        ("minimum(jpeg,jpeg)", "given 2 times"),
+        ("minimum(jpg,shapes-count)", "Did you mean jpeg"),
+    ],
+)
+def test_spelled_badly(text, says):
+    with pytest.raises(UserError, match=says):
+        load_rewards([text])

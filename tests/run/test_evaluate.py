@@ -24,11 +24,11 @@ class Pair:
     def parts(self, samples, batch):
         return {"bright": brightness(samples, batch), "length": torch.tensor([float(len(p)) for p in batch.prompts])}
 
-    def total(self, parts):
+    def total(self, parts, batch):
         return parts["bright"] + 2 * parts["length"]
 
     def __call__(self, samples, batch):
-        return self.total(self.parts(samples, batch))
+        return self.total(self.parts(samples, batch), batch)
 
 
 PROMPTS = ["a", "bb", "ccc"]

@@ -26,7 +26,7 @@ def batch(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
 
 
 def per_prompt(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
-    """(r - mean) / std of the prompt's remembered rewards; of the batch for prompts seen less than LEAST times. DDPO's, arXiv 2305.13301."""
+    """(r - mean) / std of the prompt's remembered rewards, or below LEAST of them of the batch. DDPO, arXiv 2305.13301."""
     own = [torch.tensor(past[p] if len(past[p]) >= LEAST else rewards.tolist(), dtype=torch.float64) for p in prompts]
     mean, std = torch.stack([r.mean() for r in own]), torch.stack([r.std(correction=0) for r in own])
     return (rewards - mean) / (std + EPSILON)

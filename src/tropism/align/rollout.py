@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from tropism.core import Batch, Cond, Draw, Model, Reward, Stream, in_pieces, scored_parts
+from tropism.core import Batch, Cond, Draw, Model, Reward, Stream, in_pieces, name_of, scored_parts
 
 Loss = Callable[[Tensor], Tensor]
 """An elementwise loss of rewards, (B,) -> (B,)."""
@@ -28,7 +29,10 @@ StepLoss = Callable[[Tensor, Tensor, float, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Chain:
-    """One rollout's fixed parts. `active` says which of the steps carry a gradient; `stop` ends the chain at that step's x_0."""
+    """One rollout's fixed parts. `active` says which of the steps carry a gradient; `stop` ends the chain at that step's x_0.
+
+    apart: also measure the gradient of every part of a combination at x_0, and how they agree.
+    """
 
     model: Model
     reward: Reward
@@ -42,6 +46,7 @@ class Chain:
     stop: int | None = None
     detach_input: bool = False
     step_loss: StepLoss | None = None
+    apart: bool = False
 
     def __getitem__(self, rows: slice | list[int]) -> Chain:
         return Chain(**{**self.__dict__, "batch": self.batch[rows], "cond": self.cond[rows], "draw": self.draw[rows]})
@@ -82,6 +87,7 @@ class Swept:
     ends: Tensor
     step_norms: dict[int, float] = field(default_factory=dict)
     clamped: float = 0.0
+    agreement: dict[str, Tensor] = field(default_factory=dict)
     has_graph: bool = True
     rows: dict[str, int] = field(default_factory=dict)
     piece: int = 0
@@ -115,7 +121,7 @@ def _forward(chain: Chain, x: Tensor) -> tuple[dict[int, Tensor], dict[int, Tens
 
 
 def _score(chain: Chain, x: Tensor, loss: Loss):
-    """(rewards, signed gradient of the loss's direction at x, parts, images, has_graph) of one piece.
+    """(rewards, signed gradient of the loss's direction at x, parts, images, has_graph, agreement) of one piece.
 
     Gradients are taken of d * r with d the sign of dl/dr, so that `clamp` sees a loss; the magnitude |dl/dr| is applied later.
     """
@@ -124,12 +130,32 @@ def _score(chain: Chain, x: Tensor, loss: Loss):
         images = chain.model.decode(chain.model.process.complete(x, x))
         rewards, parts = scored_parts(chain.reward, images, chain.batch)
         direction = _slope(loss, rewards).sign()
-        gradient = None
+        gradient, agreement = None, agreement_of(chain.reward, parts, x) if chain.apart and x.requires_grad else {}
         if rewards.requires_grad and x.requires_grad:
             (gradient,) = torch.autograd.grad((direction * rewards).sum(), x, allow_unused=True)
     alive = gradient is not None or not x.requires_grad
     gradient = torch.zeros_like(x) if gradient is None else gradient
-    return rewards.detach(), gradient, {k: v.detach() for k, v in parts.items()}, images.detach(), alive
+    return rewards.detach(), gradient, {k: v.detach() for k, v in parts.items()}, images.detach(), alive, agreement
+
+
+def agreement_of(reward: Reward, parts: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Norms of the weighted parts' gradients at x_0, "part_norm/<a>", and their cosines, "cosine/<a>|<b>", each (B,).
+
+    A negative cosine is a conflict: what raises one part lowers the other.
+    """
+    slopes = {}
+    for part, weight in getattr(reward, "terms", ()):
+        name = name_of(part)
+        spread = getattr(reward, "scales", {}).get(name, (0.0, 1.0))[1]
+        if parts[name].requires_grad:
+            (g,) = torch.autograd.grad(
+                (weight / spread * parts[name]).nansum(), x, retain_graph=True, allow_unused=True
+            )
+            slopes[name] = torch.zeros_like(x).flatten(1) if g is None else g.flatten(1)
+    found = {f"part_norm/{name}": g.norm(dim=1) for name, g in slopes.items()}
+    for (a, g), (b, h) in combinations(slopes.items(), 2):
+        found[f"cosine/{a}|{b}"] = torch.cosine_similarity(g, h, dim=1)
+    return found
 
 
 def _slope(loss: Loss, rewards: Tensor) -> Tensor:
@@ -177,7 +203,7 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], mic
     size = in_pieces(forward, len(x), size)
     rows = {"forward": network.rows("network")}
     size = in_pieces(score, len(x), size)
-    rewards, gradient, parts, images, alive = _joined([scores[k] for k in sorted(scores)])
+    rewards, gradient, parts, images, alive, agreement = _joined([scores[k] for k in sorted(scores)])
     above = gradient * _slope(loss, rewards).abs().to(gradient).reshape(-1, *[1] * (x.ndim - 1))
     result = Swept(
         [torch.zeros_like(p) for p in parameters],
@@ -187,6 +213,7 @@ def sweep(chain: Chain, x: Tensor, loss: Loss, parameters: Sequence[Tensor], mic
         images,
         x.new_zeros(len(x)),
         ends,
+        agreement=agreement,
         clamped=((images <= 0) | (images >= 1)).float().mean().item(),
         has_graph=alive,
     )
@@ -251,13 +278,14 @@ def surrogate(gradient: list[Tensor], parameters: Sequence[Tensor], value: Tenso
 
 
 def _joined(pieces: list[tuple]):
-    rewards, gradient, parts, images, alive = zip(*pieces, strict=True)
+    rewards, gradient, parts, images, alive, agreement = zip(*pieces, strict=True)
     return (
         torch.cat(rewards),
         torch.cat(gradient),
         {k: torch.cat([p[k] for p in parts]) for k in parts[0]},
         torch.cat(images),
         all(alive),
+        {k: torch.cat([a[k] for a in agreement]) for k in agreement[0]},
     )
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from tropism.align.rollout import Chain, Loss, StepLoss, Swept, surrogate, sweep
 from tropism.core import Batch, Cond, Draw, Info, Model, Reward, UserError, name_of
 
+AGREEMENT_EVERY = 10
+"""Updates between measurements of how the parts of a combination agree; each costs one pass through the decoder a part."""
+
 
 def begin(
     model: Model, reward: Reward, batch: Batch, *, seed: int, update: int, steps: int, guidance: float
@@ -20,7 +23,9 @@ def begin(
         cond = model.encode(batch, draw)
         times = model.process.times(steps, cond.shape)
         x_T, first = model.start(cond, draw, times)
-    return Chain(model, reward, batch, cond, draw, tuple(times.tolist()), guidance, (False,) * steps, first), x_T
+    apart = update % AGREEMENT_EVERY == 0 and len(getattr(reward, "terms", ())) > 1
+    off = (False,) * steps
+    return Chain(model, reward, batch, cond, draw, tuple(times.tolist()), guidance, off, first, apart=apart), x_T
 
 
 def climb(chain: Chain, x_T: Tensor, loss: Loss, micro_batch: int | None) -> Swept:
@@ -76,6 +81,7 @@ def report(swept: Swept, chain: Chain) -> Info:
         "drift_penalty": swept.step_losses.mean().item(),
         "micro_batch": float(swept.piece),
     }
+    scalars |= {name: values.mean().item() for name, values in swept.agreement.items()}
     scalars |= {f"step_norm/{i}": n for i, n in sorted(swept.step_norms.items())}
     return Info(
         samples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tropism.align.alignprop import alignprop
 from tropism.align.ddpo import ddpo
 from tropism.align.draft import draft, draft_lv
 from tropism.align.drtune import drtune
+from tropism.align.normalise import Scaled
 from tropism.align.refl import refl
 from tropism.core import Info, Model, Reward, UserError, name_of
 from tropism.doctor.examine import examine
@@ -22,7 +24,7 @@ from tropism.models.load import BUNDLED
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import own_rows
 from tropism.run import request
-from tropism.run.checks import known, set_up
+from tropism.run.checks import known, numbers_of, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
@@ -77,6 +79,8 @@ def align(
     rank: int = 4,
     alpha: float | None = None,
     targets: Sequence[str] = LoraSettings().targets,
+    normalise: str = "none",
+    ramp: Sequence[str] = (),
     full: bool = False,
     eta: float = 0.0,
     height: int | None = None,
@@ -104,10 +108,13 @@ def align(
 ) -> Run | None:
     """Change a model's weights so that its samples score higher, and leave a run folder. Returns the finished run.
 
-    method: alignprop, draft, draft-lv, refl, drtune or ddpo. model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
+    method: alignprop, draft, draft-lv, refl, drtune, ddpo.
+    model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
     prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, "org/name[:column][@split]" on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
+    normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
+    followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
@@ -147,7 +154,7 @@ def align(
             judge,
         )
         result = fit(
-            _bound(function, asked),
+            _bound(function, asked, normalise, numbers_of("ramp", ramp)),
             asked.model.trainable(),
             lambda update: own_rows(asked.batch(update)),
             recorder=recorder,
@@ -183,10 +190,11 @@ def _say_ready(asked: Request, remarks: Sequence[str]) -> None:
     )
 
 
-def _bound(function: Callable, asked: Request):
-    return lambda batch, *, state, update, seed, micro_batch: function(
-        asked.model, asked.reward, batch, state=state, update=update, seed=seed, micro_batch=micro_batch, **asked.hyper
-    )
+def _bound(function: Callable, asked: Request, normalise: str, ramps: Mapping[str, float]) -> Scaled:
+    """The algorithm with its model and hyperparameters bound, its rewards on their scales."""
+    hyper = {n: asked.hyper[n] for n in ("steps", "guidance")}
+    bound = lambda reward: partial(function, asked.model, reward, **asked.hyper)
+    return Scaled(bound, asked.model, asked.reward, asked.settings["updates"], kind=normalise, ramps=ramps, **hyper)
 
 
 def demo(

@@ -91,7 +91,7 @@ def _from_csv(text: str, name: str) -> list[Prompt]:
 
 
 def from_row(row, place: str) -> Prompt:
-    """The prompt of an object with `prompt`, optional `negative_prompt` and `metadata`; `place` is for the errors."""
+    """The prompt of an object with `prompt`, optional `negative_prompt`, `metadata` and `reward` (names); `place` is for the errors."""
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
@@ -100,7 +100,20 @@ def from_row(row, place: str) -> Prompt:
     meta, negative = row.get("metadata"), row.get("negative_prompt") or ""
     if not isinstance(negative, str):
         raise UserError(f"{place} has a `negative_prompt` that is not text: {negative!r}. Put it in quotes.")
-    return Prompt(" ".join(text.split()), negative, tuple(meta.items()) if isinstance(meta, dict) else ())
+    meta = dict(meta) if isinstance(meta, dict) else {}
+    if row.get("reward"):
+        meta["reward"] = _names(row["reward"], place)
+    return Prompt(" ".join(text.split()), negative, tuple(meta.items()))
+
+
+def _names(value, place: str) -> tuple[str, ...]:
+    """The rewards that a prompt is meant for: one name, or a list of them."""
+    names = [value] if isinstance(value, str) else value
+    if not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
+        raise UserError(
+            f"{place} has a `reward` that is neither a name nor a list of names: {value!r}. Name the rewards it is for."
+        )
+    return tuple(names)
 
 
 READERS = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}

@@ -10,7 +10,7 @@ from typing import Any
 
 from tropism import plugin
 from tropism.core import Reward, UserError, is_differentiable, name_of
-from tropism.rewards import aesthetic, chemistry, clip, count, docking, genome, jpeg
+from tropism.rewards import aesthetic, chemistry, clip, count, docking, genome, jpeg, spelled
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
 
@@ -30,7 +30,7 @@ BUILT_IN = {
     "logp-window": chemistry.logp_window,
     "pharmacophore": chemistry.pharmacophore,
 }
-_FORMS = "clip:FOLDER or clip:HUB-ID, dock:COMMAND, and file.py:function"
+_FORMS = "clip:FOLDER or clip:HUB-ID, dock:COMMAND, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
 _WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
 
 
@@ -51,7 +51,7 @@ def load_rewards(texts: Iterable[str]) -> Reward:
 
 def split(text: str) -> tuple[str, float]:
     """ "NAME=WEIGHT" at its last "=" -> (NAME, WEIGHT); without a weight, 1. Raises UserError."""
-    if text.startswith("dock:"):  # a command has "=" of its own
+    if spelled.is_spelled(text) or text.startswith("dock:"):  # a command has "=" of its own
         return text, 1.0
     name, equals, weight = text.rpartition("=")
     if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
@@ -68,6 +68,8 @@ def split(text: str) -> tuple[str, float]:
 
 
 def _named(name: str) -> Reward:
+    if spelled.is_spelled(name):
+        return spelled.read(name, _named, split)
     if name in BUILT_IN:
         return BUILT_IN[name]()
     if name.startswith("clip:"):

@@ -68,6 +68,20 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def numbers_of(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """{name: number} of several "NAME=NUMBER", split at the last "=". Raises UserError for one that is not of that form."""
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            name = ""
+        if not (name and math.isfinite(found.get(name, math.nan))):
+            raise UserError(f"--{option} {text!r} is not of the form NAME=NUMBER. Try --{option} jpeg=0.3.")
+    return found
+
+
 def _plain(text: str) -> Any:
     """A number, or what YAML makes of the text; YAML takes 1e-4 for a word."""
     for kind in (int, float):

@@ -32,8 +32,12 @@ class Evaluation:
     diversity: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """For the record: means as "held_out/<column>", "drift" and "diversity" under their own names."""
-        row = {n if n == "drift" else f"held_out/{n}": v.double().mean().item() for n, v in self.columns.items()}
+        """For the record: means as "held_out/<column>", "drift" and "diversity" under their own names.
+
+        Rows of a part that is not meant for their prompt are NaN and left out.
+        """
+        mean = lambda n, v: (v.mean() if n == "reward" else v.nanmean()).item()
+        row = {n if n == "drift" else f"held_out/{n}": mean(n, v.double()) for n, v in self.columns.items()}
         return row if self.diversity is None else row | {"diversity": self.diversity}
 
 

@@ -269,14 +269,17 @@ def merged(infos: list[Info]) -> Info:
 
 
 def statistics(info: Info) -> dict[str, float]:
-    """The mean of each column over all processes, and the standard deviation of the reward."""
+    """The mean of each column over all processes, and the standard deviation of the reward.
+
+    Parts are NaN where a prompt is not meant for them; those rows do not count.
+    """
     if not info.columns:
         return {}
     names = sorted(info.columns)
     sums = torch.tensor(
         [
             [v.numel(), v.double().sum().item(), v.double().pow(2).sum().item()]
-            for v in (info.columns[n] for n in names)
+            for v in (info.columns[n] if n == "reward" else _counted(info.columns[n]) for n in names)
         ],
         dtype=torch.float64,
     )
@@ -288,3 +291,7 @@ def statistics(info: Info) -> dict[str, float]:
     std = (square / count.clamp_min(1) - mean**2).clamp_min(0).sqrt()
     row = dict(zip(names, mean.tolist(), strict=True))
     return row | {"reward_std": std[names.index("reward")].item()} if "reward" in row else row
+
+
+def _counted(column: Tensor) -> Tensor:
+    return column[~column.isnan()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 
 from tropism.align.ddpo import check_stochastic
-from tropism.core import Batch, Model, Reward, name_of
+from tropism.core import Batch, Model, Reward, UserError, name_of
 from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
-from tropism.rewards.combine import weighted
+from tropism.rewards.combine import routed, weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.run import report
 from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
@@ -85,12 +86,25 @@ def read(
     train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
     check_prompts(reward_, [p.text for p in train + held])
+    _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
         check_stochastic(model_, hyper["steps"])
     _check_options(function, hyper, as_batch(train[: settings["batch"]]))
     return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
+
+
+def _check_routes(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError for a prompt that is meant for a reward there is not."""
+    names = getattr(reward, "names", [name_of(reward)])
+    for prompt in prompts:
+        for name in routed(dict(prompt.meta)):
+            if name not in names:
+                raise UserError(
+                    f"The prompt {prompt.text[:60]!r} is meant for the reward '{name}', but the rewards are {', '.join(names)}. "
+                    "Name one of these in its `reward`, or add it with --reward."
+                )
 
 
 class _Reached(Exception):
@@ -104,10 +118,8 @@ class _Nothing:
 
 def _check_options(function: Callable, hyper: Mapping[str, Any], batch: Batch) -> None:
     """Raises UserError for options that the method itself refuses, before any network runs."""
-    try:
+    with suppress(_Reached):
         next(function(_Nothing(), None, batch, state={}, update=0, seed=0, micro_batch=None, **hyper))
-    except _Reached:
-        pass
 
 
 def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:
