@@ -109,6 +109,24 @@ def test_a_dock_that_takes_too_long_is_ended(body, program, tmp_path):
         pytest.fail("the docking program outlived its worker")
 
 
+def test_a_timeout_does_not_make_refusals_the_commands_fault(program):
+    """Whoever sees all molecules judges: one is docked, one takes too long and ends its worker, three are refused after that."""
+    script = program("grep -q ' O   ' $1 && exit 1; grep -q ' N   ' $1 && exec sleep 60; echo -5")
+    reward = InWorkers(f"dock:{script}", workers=1, timeout=15)
+    try:
+        found = reward(molecules.tokens_of(["CCC", "CCN", "CO", "CCO", "CCCO", "CC"]), Batch([""] * 6))
+    finally:
+        reward.close()
+    assert found.tolist() == [5.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf, 5.0]
+    assert (reward.timed_out, reward.refused) == (1, 3)
+
+
+def test_a_command_that_refuses_all_is_at_fault_in_workers_too(program):
+    reward = InWorkers(f"dock:{program('echo no receptor >&2; exit 3')}", workers=2, timeout=30)
+    with pytest.raises(UserError, match=r"ended with code 3: no receptor\. Run it by hand"):
+        reward(ROWS, BATCH)
+
+
 def _text(file):
     try:
         return file.read_text(errors="replace")

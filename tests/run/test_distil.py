@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -242,11 +243,80 @@ def test_where_training_pays():
     assert "as many network rows" in said((0, 100), (0, 100))
 
 
+@pytest.mark.parametrize(
+    ("trained", "guided_", "says"),
+    [
+        ((2.0, 900, 10), (1.0, 0, 100), "higher median .* only from 10 samples on: for fewer, no training is needed"),
+        ((1.0, 900, 10), (1.0, 0, 100), "the same median as .* no training is needed"),
+        (
+            (0.5, 900, 10),
+            (1.0, 0, 100),
+            "lower median .* only from 10 samples on: it is cheaper there, but no substitute",
+        ),
+        ((0.5, 900, 100), (1.0, 0, 100), "lower median .* and never takes fewer network rows.$"),
+    ],
+)
+def test_what_the_page_concludes(trained, guided_, says):
+    line = lambda name, median, rows: guided_table.Line(name, (0, median, 0), median, rows, 0.0)
+    entries = [
+        compared.Entry(line("plain", 0, 10), 0, 0, torch.zeros(1), is_plain=True),
+        compared.Entry(line("guide", guided_[0], guided_[2]), guided_[1], 0, torch.zeros(1)),
+        compared.Entry(line("model", trained[0], trained[2]), trained[1], 0, torch.zeros(1), is_trained=True),
+    ]
+    (said,) = compared.verdicts(entries)
+    assert re.search(says, said)
+
+
+def test_plain_samples_weigh_as_their_prompts_guided_ones(tmp_path):
+    """Three samples of one prompt and one of another: on the page as in the run's own report."""
+    reward = tmp_path / "r.py"
+    reward.write_text(
+        "def r(images, batch):\n    return images.new_tensor([float(p[:3] == 'two') for p in batch.prompts])\n"
+    )
+    how = {"model": "shapes", "reward": f"{reward}:r", "samples": 4, "group": 3, "pool": 2, "seed": 1}
+    run = commands.guide("svdd", prompts=PROMPTS[:2], out=tmp_path / "a", options={"m": 2, "steps": 2}, **how)
+    pieces = list(run.pieces)
+    three = guided.Piece(**{**vars(pieces[0]), "prompts": torch.zeros(3), "rewards": torch.zeros(3).double(),
+                            "pool": torch.zeros(3, 6).double()})  # fmt: skip
+    one = guided.Piece(**{**vars(pieces[0]), "prompts": torch.ones(1), "rewards": torch.ones(1).double(),
+                          "pool": torch.ones(1, 2).double()})  # fmt: skip
+    kept = finished_run(tmp_path / "a")
+    uneven = type(kept)(kept.config, kept.asked, [three, one], kept.before)
+    assert compared.plain(uneven).line.mean == pytest.approx(0.25)
+    assert guided_table.rows_of("x", [three, one])[0].mean == pytest.approx(0.25)
+
+
+def test_only_like_runs_stand_on_one_page(run, tmp_path):
+    """Fixed places must be shared; plain samples drawn in another way have a row of their own; a lost piece is missed."""
+    how = {"model": "utr", "samples": 4, "options": {"m": 2, "steps": 4}, "pool": 2}
+    commands.guide("svdd", out=tmp_path / "x" / "run", **how)
+    commands.guide("svdd", out=tmp_path / "held", fixed="GGGG", **how)
+    with pytest.raises(UserError, match="another fixed"):
+        commands.compare([str(tmp_path / "x" / "run"), str(tmp_path / "held")], out=tmp_path / "page")
+    other = {**how, "options": {"m": 2, "steps": 3}}
+    commands.guide("svdd", out=tmp_path / "y" / "run", **other)
+    entries = commands.compare([str(tmp_path / d / "run") for d in "xy"], out=tmp_path / "page")
+    names = [e.line.name for e in entries]
+    assert names == ["plain model", "svdd (x run)", "plain model (y run)", "svdd (y run)"]
+    assert entries[2].line.network < entries[0].line.network
+    piece = sorted((tmp_path / "y" / "run" / "samples").glob("piece-*"))[-1]
+    piece.rename(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"is not the folder of a guided run|holds . of its"):
+        finished_run(tmp_path / "y" / "run")
+    (tmp_path / "kept").rename(piece)
+    config = tmp_path / "y" / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("reward:", "prize:"))
+    with pytest.raises(UserError, match="lacks reward"):
+        finished_run(tmp_path / "y" / "run")
+
+
 def test_how_much_is_kept():
     assert guided_table.share_kept(1.0, 3.0, 2.0) == 0.5
     assert "50% of the guide's gain" in guided_table.told_share(1.0, 3.0, 2.0)
-    for plain, guided_mean in ((1.0, 0.0), (1.0, 1.0), (-float("inf"), 1.0)):
-        assert "gained nothing" in guided_table.told_share(plain, guided_mean, 0.5)
+    for guided_mean in (0.0, 1.0):
+        assert "gained nothing" in guided_table.told_share(1.0, guided_mean, 0.5)
+    assert "None of the guide's gain" in guided_table.told_share(1.0, 3.0, 0.5)
+    assert "no finite reward" in guided_table.told_share(-float("inf"), 1.0, 0.5)
 
 
 def test_a_learned_values_roll_outs_and_backward_rows_are_counted(tmp_path, monkeypatch):

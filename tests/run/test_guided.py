@@ -11,6 +11,7 @@ from tiny_families import BUILDERS, SIZE
 
 from tropism import cli, commands
 from tropism.core import UserError
+from tropism.models.masked_lm import Convolutions, Shape, save
 from tropism.run import guided, guided_tokens, guided_value
 from tropism.run.guided_table import best_of, quantiles
 from tropism.worlds import molecules, utr
@@ -129,6 +130,30 @@ def test_prompts_count_by_their_samples(tmp_path):
     assert run.table[0].mean == pytest.approx(pool.mean().item())
 
 
+def test_a_resume_with_another_file_of_the_same_name_is_refused(tmp_path):
+    """Every distilled model is called model.safetensors, and a reward of one's own may be edited between two runs."""
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        (tmp_path / name).mkdir()
+        save(Convolutions(Shape(tuple("ACGU"), 12, 16, 3, (1, 2), 1)), tmp_path / name / "model.safetensors")
+    reward, value = tmp_path / "r.py", tmp_path / "v.py"
+    reward.write_text("def r(tokens, batch):\n    return (tokens == 0).double().mean(1)\n")
+    value.write_text("def v(x, t):\n    return (x == 0).double().mean(1)\n")
+    how = {"reward": f"{reward}:r", "samples": 2, "pool": 1, "out": tmp_path / "run", "value": f"{value}:v"}
+    how["options"] = {"m": 2, "steps": 3}
+    file = lambda name: str(tmp_path / name / "model.safetensors")
+    commands.guide("svdd", model=file("a"), **how)
+    commands.guide("svdd", model=file("a"), resume=True, **how)
+    with pytest.raises(UserError, match="another model"):
+        commands.guide("svdd", model=file("b"), resume=True, **how)
+    for edited, says in ((reward, "another reward"), (value, "another value")):
+        kept = edited.read_text()
+        edited.write_text(kept.replace("== 0", "== 1"))
+        with pytest.raises(UserError, match=says):
+            commands.guide("svdd", model=file("a"), resume=True, **how)
+        edited.write_text(kept)
+
+
 def test_a_damaged_piece_is_named(tmp_path):
     how = {"prompts": PROMPTS, "out": tmp_path / "run", **QUICK}
     commands.guide("svdd", **how)
@@ -243,6 +268,10 @@ def test_a_model_of_ones_own_needs_four_things(tmp_path):
         ({"eta": -1.0}, "eta is -1"),
         ({"pool": -1}, "pool is -1"),
         ({"value": "median"}, "mode is 'median'"),
+        ({"value": "soft"}, "for models of tokens"),
+        ({"value": "mean", "model": "utr", "reward": "utr-load", "prompts": None}, "tokens have no mean"),
+        ({"value": "soft", "model": "utr", "reward": "utr-load", "prompts": None}, "utr-load has none"),
+        ({"value": "mean", "method": "best-of-n"}, "no use for --value mean"),
         ({"reward": "jpg-bytes"}, "jpeg-bytes"),
         ({"prompts": "no-such-file.txt"}, "no-such-file"),
         ({"model": "shape"}, "Did you mean 'shapes'"),
@@ -435,7 +464,8 @@ def test_a_learned_value_guides_to_what_it_learnt(tmp_path, monkeypatch):
         seen.update(how, data=data)
         return guided_value_fitted(network, data, **how)
 
-    guided_value_fitted = guided_value.fitted
+    guided_value_fitted, guided_value_learned, judged = guided_value.fitted, guided_value.learned, []
+    monkeypatch.setattr(guided_value, "learned", lambda f: judged.append(f) or guided_value_learned(f))
     monkeypatch.setattr(guided_value, "fitted", fitted)
     monkeypatch.setattr(guided_value, "UPDATES", 400)
     how = {
@@ -452,6 +482,10 @@ def test_a_learned_value_guides_to_what_it_learnt(tmp_path, monkeypatch):
     spread = 40 * (0.22 * 0.78 / 50) ** 0.5
     assert seen["alpha"] == pytest.approx(0.5 / spread, rel=0.15)
     assert run.table[-1].mean > run.table[0].mean + 2 * spread
+    states = torch.stack([torch.randperm(50) % 4, torch.zeros(50).long(), torch.ones(50).long()])
+    said = judged[0](states, torch.full((3,), 0.01, dtype=torch.float64))
+    assert said[1] > said[0] > said[2] and 100 - 2 * spread < said[0] < 120, "a value is in the reward's units"
+    assert said[1] - said[2] > 2 * spread
 
 
 def test_poor_roll_outs(tmp_path):

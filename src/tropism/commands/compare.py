@@ -54,19 +54,37 @@ def compare(
     others = {run: _same(first, guided[0], run) for run in guided}
     with Recorder(out, {"runs": [str(r) for r in runs]}, overwrite=overwrite) as recorder:
         entries = [compared.plain(first)]
+        names = _names(runs)
         for number, run in enumerate(runs):
             if run in others:
-                entries.append(compared.guided(run, others[run]))
+                if _plainly(others[run]) != _plainly(first) and others[run].has_plain:
+                    entries.append(compared.plain(others[run], names[run]))
+                entries.append(compared.guided(names[run], others[run]))
                 continue
             recorder.say(f"Drawing with {run} ...")
             model = _trained(Path(run), trained[run], place, precision)
             folder = Path(out) / "samples" / f"run-{number}"
             pieces = redrawn(model, first, first.reward(), *_deployed(trained[run]), folder)
             spent = _spent(Path(run), trained[run])
-            entries.append(compared.trained(run, trained[run]["method"], pieces, *spent))
+            entries.append(compared.trained(names[run], trained[run]["method"], pieces, *spent))
         page = compared.write(Path(out), first, entries, command, recorder.environment)
         recorder.say(compared.summary(entries) + f"\nSee {page}")
     return entries
+
+
+SHARED = ("model", "reward", "seed", "fixed", "height", "width", "quantize", "t5", "scheduler", "dtype")
+"""Settings that guided runs must share to stand on one page."""
+
+
+def _plainly(run: Kept) -> tuple:
+    """What the plain samples of a run depend on beside what all runs share."""
+    return run.config.get("eta"), *(run.config["options"].get(name) for name in ("steps", "guidance"))
+
+
+def _names(runs: Sequence[str]) -> dict[str, str]:
+    """What each run is called: its folder, with the folder above it where two are called alike."""
+    last = [Path(run).name for run in runs]
+    return {r: r if last.count(n) == 1 else f"{Path(r).parent.name} {n}" for r, n in zip(runs, last, strict=True)}
 
 
 def _config(run: str | Path) -> dict[str, Any]:
@@ -81,9 +99,9 @@ def _is_trained(run: str | Path) -> bool:
 
 
 def _same(first: Kept, name: str, run: str) -> Kept:
-    """Another guided run. Raises UserError if it has other prompts, another model, reward or seed."""
+    """Another guided run. Raises UserError if it has other prompts, another model, reward, seed, size, precision or fixed places."""
     other = finished_run(run)
-    changed = [key for key in ("model", "reward", "seed") if other.config[key] != first.config[key]]
+    changed = [key.replace("_", " ") for key in SHARED if other.config.get(key) != first.config.get(key)]
     changed += ["prompts and samples of each"] if spelled(other.asked) != spelled(first.asked) else []
     if changed:
         raise UserError(

@@ -132,6 +132,7 @@ def guide(
     loaded = _model(model, settings) if isinstance(model, str) else model
     asked = _shared(_prompts(prompts, model, loaded), samples, group)
     check_prompts(scored, [p.text for p, _ in asked])
+    _check_mode(value, loaded, scored)
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
     _check(method, hyper, loaded, asked)
     same = request.identity(model, reward)
@@ -174,7 +175,9 @@ def _planned(
     same = {"method": method, **same, "seed": str(settings["seed"]), "hyperparameters": str(hyper)}
     same |= {
         "prompts": spelled(asked),
-        "value": f"{value}, {settings['roll_outs']}, {loss}" if value == "learned" else value,
+        "value, its roll-outs or its loss": f"{value}, {settings['roll_outs']}, {loss}"
+        if value == "learned"
+        else value + request.fingerprint(value),
         "eta, pool and fixed places": f"{settings['eta']:g}, {settings['pool']}, {fixed}",
         "size, precision or scheduler": str(
             [settings[n] for n in ("height", "width", "quantize", "t5", "scheduler", "dtype")]
@@ -205,8 +208,9 @@ def _over_time(reward: Reward) -> str:
     if not isinstance(reward, InWorkers):
         return ""
     reward.close()
-    late = reward.timed_out
-    return f"\n{late} rewards exceeded the limit of {reward.timeout:g} s and count as -inf." if late else ""
+    late, refused = reward.timed_out, reward.refused
+    said = f"\n{late} rewards exceeded the limit of {reward.timeout:g} s and count as -inf." if late else ""
+    return said + (f"\n{refused} samples were refused by the program and count as -inf." if refused else "")
 
 
 def _check(method: str, hyper: Mapping[str, Any], model: Any, asked: Sequence[tuple[Prompt, int]]) -> None:
@@ -218,13 +222,26 @@ def _check(method: str, hyper: Mapping[str, Any], model: Any, asked: Sequence[tu
     finite_numbers(**{n: hyper[n] for n in ("guidance", "scale", "gamma", "threshold") if n in hyper})
 
 
+def _check_mode(value: str, model: Any, reward: Reward) -> None:
+    """Raises UserError for a way to judge that is not for such states, or not for such a reward."""
+    tokens = hasattr(model, "letters")
+    if value in ("argmax", "sample", "soft") and not tokens:
+        raise UserError(
+            f"--value {value} is for models of tokens; this one's clean state is its own mean. Leave it out."
+        )
+    if value == "mean" and tokens:
+        raise UserError("--value mean is for pictures: tokens have no mean. Take --value sample, argmax or soft.")
+    if value == "soft":
+        require_gradient(reward, "--value soft")
+
+
 def _judged(
     function: Callable[..., Guided], method: str, hyper: Mapping[str, Any], value: str, roll_outs: int, loss: str
 ) -> Callable[..., Guided]:
     """The method with its hyperparameters and its value, unless that is learnt first. Raises UserError for values that cannot be."""
     own = ".py:" in value
     if not _has(function, "value"):
-        if own or value == "learned":
+        if value != "auto":
             raise UserError(f"{method} judges no noisy states, so it has no use for --value {value}. Leave it out.")
         return partial(function, **hyper)
     if value == "learned":

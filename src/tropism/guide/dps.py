@@ -45,6 +45,7 @@ def slope(run: Setting, x_t: Tensor, t: float, rows: Tensor, through: bool = Tru
         (gradient,) = torch.autograd.grad(loss, leaf)
     run.costs.rewards += len(x_t)
     run.costs.rewards_computed += len(x_t)
+    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # where the reward is not finite
     return -gradient / scale, out.detach(), r.detach().double()
 
 

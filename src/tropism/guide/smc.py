@@ -58,8 +58,10 @@ def weighed(run: Setting, state: State, potential: str, temper: float, last: boo
     """The weights after a step: its log potential is added; in the last step, all of the true reward that is not spent yet."""
     assert state.value is not None
     v = temper * state.value / run.alpha
+    v = torch.where(torch.isnan(v), -torch.inf, v)
     gain, trace = (v - state.spent, state.trace) if last else POTENTIALS[potential][0](v, state.trace)
-    gain = torch.nan_to_num(gain, nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+    if not last:  # an early -inf says nothing of the end, and spent weight could not be taken back
+        gain, trace = torch.where(v.isfinite(), gain, 0.0), torch.where(v.isfinite(), trace, state.trace)
     return replace(state, log_w=state.log_w + gain, spent=state.spent + gain, trace=trace)
 
 

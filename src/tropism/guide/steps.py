@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropism.core import TERMINAL, Kernel, Stream, UserError, scored
+from tropism.core import TERMINAL, Kernel, Stream, UserError, name_of, scored
 from tropism.guide.lineages import Guided, Setting, State, Value, keep
 
 # ---------------------------------------------------------------------------------------------------- proposals
@@ -67,7 +67,8 @@ def valued(run: Setting, value: Value, x: Tensor, s: float, parents: State | Non
 
     Equal token states of a prompt are given to the network once, equal ones of a lineage are valued once. parents: their outputs are
     used again for children that equal them, where the network has no time input (`uses_time` False).
-    NaN counts as -inf: such a child is never chosen while there is another.
+    NaN counts as -inf, and before the end -inf as a little less than the prompt's lowest: such a child is not chosen while there is
+    another, and a lineage without one can still recover.
     """
     count, m = x.shape[:2]
     flat, rows = x.flatten(0, 1), torch.arange(count).repeat_interleave(m)
@@ -80,8 +81,17 @@ def valued(run: Setting, value: Value, x: Tensor, s: float, parents: State | Non
         which = where = torch.arange(len(flat))
     pieces = [which[at : at + run.max_batch] for at in range(0, len(which), run.max_batch)]
     v = torch.cat([value(flat[p], s, rows[p], None if out is None else out[p]) for p in pieces])[where]
-    v = torch.where(torch.isnan(v), -torch.inf, v.double())
-    return v.reshape(count, m), None if out is None else out.reshape(count, m, *out.shape[1:])
+    v = torch.where(torch.isnan(v), -torch.inf, v.double()).reshape(count, m)
+    return v if s == TERMINAL else _floored(run, v), None if out is None else out.reshape(count, m, *out.shape[1:])
+
+
+def _floored(run: Setting, v: Tensor) -> Tensor:
+    """Values (P, M) with -inf raised to just below the lowest finite one of the prompt; where it has none they stay."""
+    grouped = run.grouped(v)
+    known = grouped.isfinite()
+    low = torch.where(known, grouped, torch.inf).amin((1, 2), keepdim=True)
+    below = low - torch.maximum(torch.tensor(run.alpha), 1e-6 * (1 + low.abs()))
+    return torch.where(known | low.isinf(), grouped, below).reshape(v.shape)
 
 
 def predicted(run: Setting, x: Tensor, s: float, rows: Tensor, parents: State | None = None) -> Tensor:
@@ -121,7 +131,7 @@ def rewarded(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
     run.costs.rewards += len(samples)
     if samples.is_floating_point():
         run.costs.rewards_computed += len(samples)
-        return scored(run.reward, samples, run.batch[rows]).double().cpu()
+        return _scored(run, samples, rows)
     groups = run.groups[rows].tolist()
     keys = [
         group.to_bytes(4, "little") + row.tobytes() for group, row in zip(groups, samples.cpu().numpy(), strict=True)
@@ -129,9 +139,19 @@ def rewarded(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
     new = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in run.seen}.values())[::-1]
     if new:
         run.costs.rewards_computed += len(new)
-        found = scored(run.reward, samples[new], run.batch[rows[new]]).double().cpu()
+        found = _scored(run, samples[new], rows[new])
         run.seen.update({keys[i]: v for i, v in zip(new, found, strict=True)})
     return torch.stack([run.seen[key] for key in keys])
+
+
+def _scored(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
+    found = scored(run.reward, samples, run.batch[rows]).double().cpu()
+    if torch.isposinf(found).any():
+        raise UserError(
+            f"Reward '{name_of(run.reward)}' is +inf for {int(torch.isposinf(found).sum())} of {len(found)} samples, so nothing can "
+            "be better than these. Make it finite; -inf is for samples that must not be."
+        )
+    return found
 
 
 @torch.no_grad()
@@ -173,7 +193,8 @@ def finished(run: Setting, state: State, rewards: Tensor | None = None) -> Guide
     run.costs.network = now.get("network", 0) - run.calls.get("network", 0)
     run.costs.backward = now.get("backward", 0) - run.calls.get("backward", 0)
     ess = torch.stack(state.ess) if state.ess else torch.ones(0, len(rewards) // run.n)
-    return Guided(samples, rewards, state.x, run.batch, run.costs, state.log_w, state.log_z, ess, state.ancestors)
+    log_z = state.log_z if state.ess else torch.full_like(state.log_z, torch.nan)
+    return Guided(samples, rewards, state.x, run.batch, run.costs, state.log_w, log_z, ess, state.ancestors)
 
 
 def effective(log_w: Tensor) -> Tensor:

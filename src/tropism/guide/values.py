@@ -63,7 +63,30 @@ class _Exact:
     predicts: bool = False
 
     def __call__(self, x_t: Tensor, t: float, rows: Tensor, out: Tensor | None) -> Tensor:
-        return at_the_end(self.run, x_t, rows) if t == TERMINAL else self.function(x_t, t)
+        return at_the_end(self.run, x_t, rows) if t == TERMINAL else _checked(self.function, x_t, t)
+
+
+def _checked(function: Callable[[Tensor, float], Tensor], x_t: Tensor, t: float) -> Tensor:
+    """A user's value of states (R, *S), as (R,) float64. Raises UserError for anything but R numbers of which some are finite."""
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        found = torch.as_tensor(function(x_t, t))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The value '{name}' failed on states of shape {tuple(x_t.shape)}: {type(error).__name__}: {error}. "
+            "A value is a function (x_t, t) -> (B,)."
+        ) from error
+    if found.shape != (len(x_t),) or found.is_complex():
+        raise UserError(
+            f"The value '{name}' returned shape {tuple(found.shape)} for {len(x_t)} states. Return one number a state."
+        )
+    if not found.double().isfinite().any() or torch.isposinf(found.double()).any():
+        raise UserError(
+            f"The value '{name}' is infinite or NaN for all or some of {len(x_t)} states, so it cannot guide."
+        )
+    return found.double().cpu()
 
 
 def expected(run: Setting, x_t: Tensor, x0: Tensor) -> Tensor:
@@ -80,6 +103,13 @@ def _scored(run: Setting, clean: Tensor, rows: Tensor) -> Tensor:
     return rewarded(run, run.model.decode(clean), rows)
 
 
+def _mean_of_known(each: Tensor) -> Tensor:
+    """Mean over completions (R, k), a failed one (-inf) counting as the lowest of all: else one failure would hide all the others."""
+    known = each.isfinite()
+    low = each[known].min() if known.any() else each.new_tensor(-torch.inf)
+    return torch.where(known.any(1), torch.where(known, each, low).mean(1), -torch.inf)
+
+
 def _sampled(run: Setting, x_t: Tensor, x0: Tensor, t: float, rows: Tensor, k: int) -> Tensor:
     """alpha log mean exp(r / alpha) over k completions, whose noise is a lineage's own and the same for all its children."""
     index = [run.draw.index[i] for i in rows.tolist()]
@@ -89,6 +119,7 @@ def _sampled(run: Setting, x_t: Tensor, x0: Tensor, t: float, rows: Tensor, k: i
     each = torch.stack(
         [_scored(run, run.model.process.complete(x_t, x0, drawn[:, i].to(x_t.device)), rows) for i in range(k)], 1
     )
+    each = torch.where(each.isnan(), -torch.inf, each)
     if run.alpha == 0:
-        return each.mean(1)
+        return _mean_of_known(each)
     return run.alpha * (torch.logsumexp(each / run.alpha, 1) - math.log(k))

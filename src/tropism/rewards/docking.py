@@ -36,7 +36,8 @@ PATIENCE = 3
 class Docking:
     """Minus the affinity that a command prints for a molecule; -inf for one without a conformer, or that the program refuses.
 
-    `failed` counts those. Raises UserError for a command that is not there, or that fails on the first few molecules.
+    `failed` counts those that it refused, `refusal` says why the newest was, `patience` is how many may be before any is docked.
+    Raises UserError for a command that is not there, or that fails on the first few molecules.
     """
 
     differentiable, name = False, "dock"
@@ -44,6 +45,7 @@ class Docking:
     def __init__(self, command: str):
         molecules.installed()
         self.parts, self.failed, self.known = shlex.split(command), 0, dict[str, float]()
+        self.refusal, self.patience = "", float(PATIENCE)
         if not self.parts or shutil.which(self.parts[0]) is None:
             raise UserError(
                 f'The reward dock:{command} starts no program that can be found. Try --reward "dock:smina -r protein.pdb -l {{ligand}}".'
@@ -68,12 +70,11 @@ class Docking:
         if found is not None:
             return -found
         self.failed += 1
-        if self.failed >= PATIENCE and not any(v > float("-inf") for v in self.known.values()):
-            told = (err or out).strip().splitlines()
-            what = f"ended with code {code}" if code else "printed no number"
-            raise UserError(
-                f"{shlex.join(command)} {what}: {told[-1] if told else 'it said nothing'}. Run it by hand on one molecule."
-            )
+        told = (err or out).strip().splitlines()
+        what = f"ended with code {code}" if code else "printed no number"
+        self.refusal = f"{shlex.join(command)} {what}: {told[-1] if told else 'it said nothing'}."
+        if self.failed >= self.patience and not any(v > float("-inf") for v in self.known.values()):
+            raise UserError(f"{self.refusal} Run it by hand on one molecule.")
         return float("-inf")
 
 

@@ -6,6 +6,7 @@ goes on.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import TimeoutError as TimedOut
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import Batch, Reward, UserError, scored
+from tropism.rewards.docking import PATIENCE
 
 
 @cache
@@ -21,18 +23,25 @@ def _loaded(text: str) -> Reward:
     from tropism.rewards.load import load_rewards
 
     torch.set_num_threads(1)
-    return load_rewards([text])
+    reward: Any = load_rewards([text])
+    if hasattr(reward, "patience"):  # a worker sees a few samples and may be ended; whoever sees all of them judges
+        reward.patience = math.inf
+    return reward
 
 
-def _one(text: str, sample: Any, prompt: str, meta: dict) -> float:
-    """In a worker: one sample's score by the reward that `text` names."""
-    batch = Batch([prompt], meta=[meta])
-    return scored(_loaded(text), torch.from_numpy(sample)[None], batch)[0].item()
+def _one(text: str, sample: Any, prompt: str, meta: dict) -> tuple[float, str]:
+    """In a worker: one sample's score by the reward that `text` names, and why it was refused, if it was."""
+    reward: Any = _loaded(text)
+    if getattr(reward, "refusal", ""):
+        reward.refusal = ""
+    score = scored(reward, torch.from_numpy(sample)[None], Batch([prompt], meta=[meta]))[0].item()
+    return score, getattr(reward, "refusal", "")
 
 
 class InWorkers:
-    """`--reward TEXT` in worker processes, a sample at a time. It has no gradient. `timed_out` counts samples over the limit.
+    """`--reward TEXT` in worker processes, a sample at a time. It has no gradient.
 
+    `timed_out` counts samples over the limit, `refused` those that a program would not take.
     workers: processes. timeout: seconds a sample. The reward is loaded anew in every worker, by its name or file.py:function, so it must
     not need anything that only this process has. Raises UserError for numbers that cannot be, and for an exception of the reward's.
     """
@@ -45,7 +54,7 @@ class InWorkers:
                 f"workers is {workers} and timeout is {timeout}; they must be at least 1 and above 0 seconds."
             )
         self.text, self.name, self.workers, self.timeout = text, text.rpartition("=")[0] or text, workers, timeout
-        self.timed_out = 0
+        self.timed_out, self.refused, self.answered = 0, 0, 0
         self._pool: Any = None
 
     def _running(self) -> Any:
@@ -71,7 +80,7 @@ class InWorkers:
 
     def _answer(self, future: Any) -> float:
         try:
-            return future.result()
+            score, refusal = future.result()
         except TimedOut:
             self.timed_out += 1
             return -torch.inf
@@ -82,6 +91,12 @@ class InWorkers:
             raise UserError(
                 f"Reward '{self.name}' failed in a worker: {type(error).__name__}: {error}. Mend it, or leave --workers out."
             ) from error
+        self.refused += bool(refusal)
+        self.answered += score > -torch.inf
+        if self.refused >= PATIENCE and not self.answered:
+            self.close()
+            raise UserError(f"{refusal} Run it by hand on one molecule.")
+        return score
 
     def close(self) -> None:
         """End the workers."""

@@ -16,7 +16,7 @@ from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Kept, Piece, shown
-from tropism.run.guided_table import Line, line_of, quantiles
+from tropism.run.guided_table import Line, line_of, plain_line
 from tropism.run.products import measures_for
 from tropism.run.report import environment_of, number, spread, uri
 
@@ -33,14 +33,13 @@ class Entry:
     rewards: float
     samples: Tensor
     is_trained: bool = False
+    is_plain: bool = False
 
 
-def plain(first: Kept) -> Entry:
-    """The base model's own samples."""
-    pool = torch.cat([piece.pool.flatten() for piece in first.pieces])
-    drawn = sum(p.plain_costs["rewards"] for p in first.pieces)
-    rows = sum(p.plain_costs["network"] for p in first.pieces) / drawn
-    return Entry(Line("plain model", quantiles(pool), pool.mean().item(), rows, 1.0), 0, 0, first.joined("twins"))
+def plain(run: Kept, name: str = "") -> Entry:
+    """The base model's own samples, drawn as this run draws them; name: of a run that draws them in another way than the first."""
+    line = plain_line(f"plain model ({Path(name).name})" if name else "plain model", run.pieces)
+    return Entry(line, 0, 0, run.joined("twins"), is_plain=True)
 
 
 def guided(name: str, run: Kept) -> Entry:
@@ -71,7 +70,7 @@ def cheaper(one: Entry, other: Entry) -> str:
     if n == 0:
         return "and takes fewer network rows from the first sample on"
     if n < math.inf:
-        return f"and takes fewer network rows only from {math.ceil(n):,} samples on: for fewer, no training is needed"
+        return f"and takes fewer network rows only from {math.ceil(n):,} samples on"
     return (
         f"and takes fewer network rows only up to {math.floor(back):,} samples"
         if back > 0
@@ -82,8 +81,8 @@ def cheaper(one: Entry, other: Entry) -> str:
 def verdicts(entries: Sequence[Entry]) -> list[str]:
     """A sentence for every pair of a guided and a trained run: which has the higher median, and who is cheaper until when."""
     said = []
-    for one in [e for e in entries[1:] if e.is_trained]:
-        for other in [e for e in entries[1:] if not e.is_trained]:
+    for one in [e for e in entries if e.is_trained]:
+        for other in [e for e in entries if not e.is_trained and not e.is_plain]:
             a, b = one.line.values[1], other.line.values[1]
             reach = (
                 "the same median"
@@ -91,11 +90,14 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
                 else f"a {'higher' if a > b else 'lower'} median ({number(a)} against {number(b)})"
             )
             cost = cheaper(one, other)
-            said.append(
-                f"{one.line.name} has {reach} than {other.line.name}, {cost}.".replace(
-                    "same median than", "same median as"
-                )
+            rest = ": for fewer, no training is needed" if a >= b and "only from" in cost else ""
+            rest = (
+                ": it is cheaper there, but no substitute"
+                if a < b and "fewer" in cost and "never" not in cost
+                else rest
             )
+            text = f"{one.line.name} has {reach} than {other.line.name}, {cost}{rest}."
+            said.append(text.replace("same median than", "same median as"))
     return said
 
 
@@ -167,7 +169,8 @@ def _drawing(out: Path, first: Kept, entries: Sequence[Entry], texts: list[str],
         cells = [[s[i] for s in samples] for i in at]
         pictures.grid(cells, [texts[i] for i in at], [""] * len(at), heads=heads).save(file)
     elif world_of(first.config["model"]) == "molecules":
-        guided_molecules.drawn(torch.cat([s[:6] for s in samples]), most=6 * len(samples)).save(file)
+        named = [e.line.name for e in entries for _ in range(min(6, len(e.samples)))]
+        guided_molecules.drawn(torch.cat([s[:6] for s in samples]), most=6 * len(samples), names=named).save(file)
     elif world_of(first.config["model"]) in guided_tokens.MEASURES:
         guided_tokens.strips([(e.line.name, s) for e, s in zip(entries, samples, strict=True)], most=10).save(file)
     else:

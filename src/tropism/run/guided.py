@@ -257,6 +257,10 @@ class Kept:
         return torch.cat([getattr(piece, name) for piece in self.pieces])
 
 
+OF_A_RUN = ("model", "reward", "seed", "options", "max_batch")
+"""Settings without which a run cannot be gone on with."""
+
+
 def finished_run(folder: str | Path) -> Kept:
     """Read a run folder of `guide`. Raises UserError for a folder that is none, or whose run is not finished."""
     folder = Path(folder)
@@ -268,12 +272,25 @@ def finished_run(folder: str | Path) -> Kept:
     if not (folder / "report.html").exists():
         raise UserError(f"The run in {folder} is not finished. Go on with the same command and --resume.")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    told = json.loads(json.loads(_metadata(files[0])["identity"])["prompts"])
-    asked = [(Prompt(text, negative, tuple(map(tuple, meta))), n) for text, negative, meta, n in told]
-    judge, before = folder / "value.safetensors", {}
-    if judge.exists():
-        before = json.loads(_metadata(judge)["told"])["costs"]
-    return Kept(config, asked, [read(f) for f in files], before)
+    try:
+        told = json.loads(json.loads(_metadata(files[0])["identity"])["prompts"])
+        asked = [(Prompt(text, negative, tuple(map(tuple, meta))), n) for text, negative, meta, n in told]
+        judge, before = folder / "value.safetensors", {}
+        if judge.exists():
+            before = json.loads(_metadata(judge)["told"])["costs"]
+        kept = Kept(config, asked, [read(f) for f in files], before)
+        missing = [name for name in OF_A_RUN if name not in config]
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is not the folder of a guided run: {type(error).__name__}: {error}.") from error
+    if missing:
+        raise UserError(f"{folder} is not the folder of a guided run: its config.yaml lacks {', '.join(missing)}.")
+    if (there := sum(len(p.rewards) for p in kept.pieces)) != (wanted := sum(n for _, n in asked)):
+        raise UserError(
+            f"{folder} holds {there} of its {wanted} samples. Draw the others: the same command with --resume."
+        )
+    return kept
 
 
 def redrawn(model: Model, run: Kept, reward: Reward, steps: int, guidance: float, folder: Path) -> list[Piece]:

@@ -42,13 +42,15 @@ def together(tokens: Tensor) -> dict[str, float]:
     }
 
 
-def drawn(tokens: Tensor, rewards: Sequence[float] = (), most: int = 24, columns: int = 6) -> Image.Image:
-    """Molecules as RDKit draws them, with their rewards where these are given."""
+def drawn(
+    tokens: Tensor, rewards: Sequence[float] = (), most: int = 24, columns: int = 6, names: Sequence[str] = ()
+) -> Image.Image:
+    """Molecules as RDKit draws them, with their rewards or names where these are given."""
     from rdkit import Chem
     from rdkit.Chem import Draw
 
     texts = molecules.text(tokens[:most])
-    notes = [f"{rewards[i]:.4g}" if len(rewards) else "" for i in range(len(texts))]
+    notes = [f"{rewards[i]:.4g}" if len(rewards) else names[i] if names else "" for i in range(len(texts))]
     notes = [note if s else f"no molecule {note}" for s, note in zip(texts, notes, strict=True)]
     made = Draw.MolsToGridImage(
         [Chem.MolFromSmiles(s) for s in texts], molsPerRow=columns, subImgSize=(190, 150), legends=notes

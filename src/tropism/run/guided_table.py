@@ -55,7 +55,7 @@ def rows_of(
     found = []
     if pool:
         plain_rows = plain_cost(pieces)
-        found.append(_line("plain model", pool, 1.0, plain_rows))
+        found.append(plain_line("plain model", pieces))
         if own.network > 1.5 * plain_rows:
             found.append(_line("best of N, equal network rows", pool, own.network / plain_rows, plain_rows))
         if own.rewards > 1:
@@ -72,17 +72,26 @@ def plain_cost(pieces: Sequence[Piece]) -> float:
 def told_share(plain: float, guided: float, distilled: float) -> str:
     """How much of a guide's gain is kept, in a sentence."""
     share = share_kept(plain, guided, distilled)
-    return (
-        "The guide gained nothing that could be kept."
-        if share != share
-        else f"{share:.0%} of the guide's gain is kept without it."
-    )
+    if not all(map(math.isfinite, (plain, guided, distilled))):
+        return "Some samples have no finite reward, so means cannot tell how much of the guide's gain is kept."
+    if share != share:
+        return "The guide gained nothing that could be kept."
+    if share <= 0:
+        return (
+            f"None of the guide's gain is kept: without it the mean is {distilled:.4g}, the plain model's {plain:.4g}."
+        )
+    return f"{share:.0%} of the guide's gain is kept without it."
 
 
 def share_kept(plain: float, guided: float, distilled: float) -> float:
     """(distilled - plain) / (guided - plain) of mean rewards; NaN where the guide gained nothing."""
     gain = guided - plain
     return (distilled - plain) / gain if gain > 0 and math.isfinite(gain) else math.nan
+
+
+def plain_line(name: str, pieces: Sequence[Piece]) -> Line:
+    """The row of the plain samples, each prompt as heavy as it has guided ones."""
+    return _line(name, pools(pieces), 1.0, plain_cost(pieces))
 
 
 def line_of(name: str, pieces: Sequence[Piece], before: Mapping[str, int] = MappingProxyType({})) -> Line:

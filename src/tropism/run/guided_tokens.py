@@ -63,8 +63,11 @@ def of_sets(base: str, tokens: Tensor, plain: Tensor) -> list[tuple[str, float, 
         return [(name, before.get(name, math.nan), value) for name, value in after.items()]
     half, share = len(plain) // 2, lambda x: len(x.unique(dim=0)) / len(x)
     found = [("diversity", diversity(plain), diversity(tokens)), ("distinct", share(plain), share(tokens))]
-    if half:
-        found.insert(0, ("words like plain ones (r)", likeness(plain[:half], plain[half:]), likeness(tokens, plain)))
+    if half:  # sets of equal size, and of other noise: more samples, or twins, are more alike
+        found.insert(
+            0,
+            ("words like plain ones (r)", likeness(plain[:half], plain[half:]), likeness(tokens[:half], plain[half:])),
+        )
     return found
 
 
@@ -82,7 +85,7 @@ def likeness(tokens: Tensor, other: Tensor) -> float:
 def strips(sets: Sequence[tuple[str, Tensor]], most: int = 24, letters: Sequence[str] = "ACGT") -> Image.Image:
     """Sequences as rows of coloured cells, one block a set, under its name."""
     length = sets[0][1].shape[1]
-    cell, high, gap = max(3, min(12, 900 // length)), 9, 26
+    cell, high, gap = max(5, min(16, 1000 // length)), 9, 26
     rows = [min(len(tokens), most) for _, tokens in sets]
     sheet = Image.new("RGB", (length * cell + 20, sum(rows) * high + gap * (len(sets) + 1)), _PAPER)
     canvas, y = ImageDraw.Draw(sheet), 6
@@ -109,12 +112,18 @@ def logo(tokens: Tensor, letters: Sequence[str], title: str = "") -> Image.Image
     shares = np.stack([(tokens == v).double().mean(0).numpy() for v in range(size)], 1)
     bits = np.log2(size) + np.where(shares > 0, shares * np.log2(np.maximum(shares, 1e-12)), 0).sum(1)
     wide, tall = max(6, min(18, 1000 // length)), 90
+    top = min(
+        np.log2(size), max(0.1, float(bits.max()))
+    )  # full height: the most informative place, at least a tenth of a bit
     sheet = Image.new("RGB", (length * wide + 20, tall + 40), _PAPER)
-    ImageDraw.Draw(sheet).text((10, 4), f"{title}  (0 to {np.log2(size):.3g} bits)", _FAINT, font(12, bold=True))
+    ImageDraw.Draw(sheet).text((10, 4), f"{title}  (0 to {top:.2g} bits)", _FAINT, font(12, bold=True))
+    canvas = ImageDraw.Draw(sheet)
+    for i in range(9, length, 10):
+        canvas.text((10 + i * wide, tall + 27), str(i + 1), _FAINT, font(10))
     for i in range(length):
         y = tall + 26
         for v in shares[i].argsort():
-            height = int(tall * shares[i, v] * max(bits[i], 0) / np.log2(size))
+            height = int(tall * shares[i, v] * max(bits[i], 0) / top)
             if height >= 2:
                 sheet.paste(
                     _glyph(str(letters[v])[0], COLOURS[v % len(COLOURS)], wide, height), (10 + i * wide, y - height)

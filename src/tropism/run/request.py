@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,19 @@ def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
     """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
     named = str(model) if isinstance(model, str | Path) else type(model).__name__
     return {
-        "model": Path(named).name,
-        "reward": " ".join(p if p.startswith("dock:") else p.rpartition("/")[2] for p in spelled(reward)),
+        "model": Path(named).name + fingerprint(named),
+        "reward": " ".join(
+            p if p.startswith("dock:") else p.rpartition("/")[2] + fingerprint(p) for p in spelled(reward)
+        ),
     }
+
+
+def fingerprint(text: str) -> str:
+    """Of the file that a text names, "file" or "file.py:object", some letters of its hash; else nothing."""
+    for name in (text, text.rpartition("=")[0], text.rpartition(":")[0], text.rpartition("=")[0].rpartition(":")[0]):
+        if name and Path(name).is_file():
+            return f" ({sha256(Path(name).read_bytes()).hexdigest()[:12]})"
+    return ""
 
 
 def _remarks(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:
