@@ -1,6 +1,7 @@
 """Guided laws on the table of all sequences, against dynamic programming."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tropism.guide.lineages import begin, setting
 from tropism.guide.nested import nested
 from tropism.guide.search import refine
 from tropism.guide.smc import smc
-from tropism.guide.svdd import svdd
+from tropism.guide.svdd import refreshed, svdd
 from tropism.guide.twisted import twisted
 from tropism.guide.values import exact, posterior_mean
 
@@ -169,6 +170,14 @@ def test_fixed_tokens_stay():
         assert len(found.samples[:, 0].unique()) > 1
     with pytest.raises(UserError, match=r"length 4.*-1: free"):
         svdd(MODEL, ones, ONE, 5, fixed=torch.tensor([1, 2]), **RUN)
+
+
+def test_only_the_worst_lineages_are_refreshed():
+    """A quarter of each prompt's: the three best of four stay where they are, the worst becomes a copy of the best."""
+    run = setting(MODEL, ones, Batch(["x", "y"]), 4, steps=STEPS, guidance=1.0, seed=0, alpha=0.01)
+    values = torch.tensor([3.0, 1.0, 2.0, 0.0, 0.5, 0.1, 0.9, 0.7], dtype=torch.float64)
+    state = refreshed(run, replace(begin(run), value=values), 0.25)
+    assert state.ancestors.tolist() == [0, 1, 2, 0, 4, 6, 6, 7]
 
 
 def test_refreshing_copies_the_better_lineages():

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tropism.core import UserError
-from tropism.prompts.batches import Prompt, batch_of, read_prompts, split, train_and_held_out
+from tropism.prompts.batches import Prompt, as_batch, batch_of, listed, read_prompts, split, train_and_held_out
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,21 @@ from tropism.prompts.batches import Prompt, batch_of, read_prompts, split, train
 def test_the_three_kinds(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert [p.text for p in read_prompts(tmp_path / name)] == ["a cat", "a dog"]
+
+
+def test_prompts_name_the_rewards_they_are_meant_for(tmp_path):
+    rows = [
+        '{"prompt": "x", "reward": "jpeg"}',
+        '{"prompt": "y", "reward": ["a", "b"], "metadata": {"n": 1}}',
+        '{"prompt": "z"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    asked = as_batch(listed(tmp_path / "a.jsonl"))
+    assert asked.meta == [{"reward": ("jpeg",)}, {"n": 1, "reward": ("a", "b")}, {}]
+    for bad in ("3", '["a", 1]', '{"a": 1}'):
+        (tmp_path / "b.jsonl").write_text(f'{{"prompt": "x", "reward": {bad}}}')
+        with pytest.raises(UserError, match="line 1 has a `reward` that is neither"):
+            listed(tmp_path / "b.jsonl")
 
 
 def test_negative_prompts_and_metadata(tmp_path):

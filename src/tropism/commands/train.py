@@ -125,6 +125,7 @@ def align(
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
+    step = _bound(function, asked, normalise, numbers_of("ramp", ramp))
     if not dry_run:
         asked.embed()
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
@@ -154,7 +155,7 @@ def align(
             judge,
         )
         result = fit(
-            _bound(function, asked, normalise, numbers_of("ramp", ramp)),
+            step,
             asked.model.trainable(),
             lambda update: own_rows(asked.batch(update)),
             recorder=recorder,

@@ -92,7 +92,7 @@ def read(
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
         check_stochastic(model_, hyper["steps"])
-    _check_options(function, hyper, as_batch(train[: settings["batch"]]))
+    _check_options(function, hyper, batch_of(train, settings["batch"], settings["seed"], 0))
     return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
 
 
