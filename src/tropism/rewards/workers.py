@@ -76,6 +76,7 @@ class InWorkers:
             self.timed_out += 1
             return -torch.inf
         except UserError:
+            self.close()
             raise
         except Exception as error:
             self.close()
