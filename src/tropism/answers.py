@@ -33,13 +33,12 @@ def _of_list(value: Any, wide: torch.dtype, device: torch.device) -> Tensor:
     if value is None:
         raise TypeError("NoneType; is a return missing?")
     try:
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if isinstance(value, list | tuple):
-            value = [torch.nan if v is None else v for v in value]
-            if any(isinstance(v, Tensor) for v in value):
-                return torch.stack([torch.as_tensor(v).to(device, wide).reshape(()) for v in value])
-        return torch.as_tensor(value, dtype=wide, device=device)
+        items = value.tolist() if isinstance(value, np.ndarray) else value
+        if isinstance(items, list | tuple):
+            items = [torch.nan if v is None else v for v in items]
+            if any(isinstance(v, Tensor) for v in items):
+                return torch.stack([torch.as_tensor(v).to(device, wide).reshape(()) for v in items])
+        return torch.as_tensor(items, dtype=wide, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{type(value).__name__}, not numbers ({str(error).splitlines()[0][:200]})") from error
 

@@ -6,7 +6,9 @@ goes on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import TimeoutError as TimedOut
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -90,3 +92,18 @@ class InWorkers:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+
+
+def end(reward: Reward) -> None:
+    """End the workers of a reward that has some."""
+    if isinstance(reward, InWorkers):
+        reward.close()
+
+
+@contextmanager
+def ended(reward: Reward) -> Iterator[None]:
+    """End the workers of a reward that has some, however the block ends."""
+    try:
+        yield
+    finally:
+        end(reward)

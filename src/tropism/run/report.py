@@ -66,6 +66,9 @@ def rows(before: Evaluation, after: Evaluation) -> list[Row]:
     found = []
     for name in [n for n in after.columns if n in before.columns and n != "drift"]:
         a, b = before.columns[name].double(), after.columns[name].double()
+        scored = a.isfinite() & b.isfinite()
+        if not scored.all():  # pairs of which one has no finite score
+            a, b, name = a[scored], b[scored], f"{name} ({int(scored.sum())} of {len(scored)} samples)"
         error = (b - a).std().item() / math.sqrt(len(a)) if len(a) > 1 else None
         found.append(Row(name, a.mean().item(), b.mean().item(), (b - a).mean().item(), error))
     if before.diversity is not None and after.diversity is not None:
