@@ -77,6 +77,7 @@ HELP = {
     "value": "What a noisy state is judged by: auto, mean, argmax, sample, soft, learned (roll-outs first), or file.py:function.",
     "roll_outs": "Plain samples that a learned value is fitted to.",
     "value_loss": "Of a learned value: auto, mean, soft or linex.",
+    "timeout": "Seconds that a sample may take in workers.",
     "steps": "Denoising steps (default: the model's own).",
     "truncation": "Which steps carry a gradient: K (the last K), full, suffix-uniform, suffix-gaussian, bernoulli, bernoulli-released.",
     "detach_input": "DRTune's stop-gradient on the network's input.",

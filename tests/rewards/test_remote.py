@@ -373,9 +373,10 @@ def test_weights_and_sums(server):
     )
 
 
-def test_metadata_that_is_not_json(server):
+@pytest.mark.parametrize("value", [torch.ones(1), math.nan])
+def test_metadata_that_is_not_json(server, value):
     with pytest.raises(UserError, match=r"metadata of the prompt 'prompt 0' cannot be sent"):
-        remote(server)(pictures(), batch(meta=[{"x": torch.ones(1)}] * 4))
+        remote(server)(pictures(), batch(meta=[{"x": value}] * 4))
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "1e300"])

@@ -53,9 +53,9 @@ def is_allowed(header: str | None, token: str | None) -> bool:
 
 
 def read_json(text: bytes) -> dict[str, Any]:
-    """An object of JSON; NaN and Infinity, which are not JSON, become null. Raises Refused."""
+    """An object of JSON, which may hold NaN and Infinity as Python writes them. Raises Refused."""
     try:
-        found = json.loads(text.decode("utf-8"), parse_constant=lambda _: None)
+        found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"not JSON ({str(error)[:80]})") from error
     if not isinstance(found, dict):

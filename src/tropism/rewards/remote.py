@@ -79,7 +79,11 @@ class Remote:
 
     def _key(self, content: bytes | list[int], prompt: str, meta: dict) -> bytes:
         try:
-            told = json.dumps([self.hash, prompt, meta, [] if isinstance(content, bytes) else content], sort_keys=True)
+            told = json.dumps(
+                [self.hash, prompt, meta, [] if isinstance(content, bytes) else content],
+                sort_keys=True,
+                allow_nan=False,
+            )
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"The metadata of the prompt {prompt[:80]!r} cannot be sent to a reward server ({error}). Keep it to JSON values."
