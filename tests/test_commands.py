@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from torch import multiprocessing
 
-from tropism import cli, commands
+from tropism import commands
 from tropism.commands import train
 from tropism.core import UserError
+from tropism.flags import flags
 from tropism.models import lora
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import products
@@ -481,8 +482,8 @@ def test_signals_save_and_leave(folder, mine, number, code):
 
 
 def test_every_method_option_is_a_flag():
-    flags = {p.name for p in cli._flags(commands.METHODS["alignprop"], BOUND)}
-    assert flags == {
+    found = {p.name for p in flags(commands.METHODS["alignprop"], BOUND, {})}
+    assert found == {
         "steps",
         "guidance",
         "truncation",

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "tropism"
 ORDER = [
-    {"noise"},
+    {"noise", "answers"},
     {"core", "plugin"},
     {"process"},
     {"worlds"},
@@ -19,6 +19,7 @@ ORDER = [
     {"doctor"},
     {"run"},
     {"commands"},
+    {"flags"},
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}

@@ -5,19 +5,17 @@ A method's flags are its function's keyword arguments, read off its signature.
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
-import re
 import shlex
 import sys
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+
+from tropism.flags import HIDDEN, flags, number, optional
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +34,8 @@ HELP = {
     "rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
     "clip:FOLDER, file.py:function; for sequences dna-liver, dna-specific, utr-load, gc-window; for "
-    "molecules qed, sa, logp-window, pharmacophore, dock:COMMAND.",
+    "molecules qed, sa, logp-window, pharmacophore, dock:COMMAND; a server's http://HOST:PORT, a function of the older trainers' form "
+    "old:file.py:function, another package's scorer bridge:MODULE:ATTRIBUTE.",
     "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
     "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",
@@ -80,67 +79,11 @@ HELP = {
     "value": "What a noisy state is judged by: auto, mean, argmax, sample, soft, learned (roll-outs first), or file.py:function.",
     "roll_outs": "Plain samples that a learned value is fitted to.",
     "value_loss": "Of a learned value: auto, mean, soft or linex.",
+    "timeout": "Seconds that a sample may take in workers.",
     "steps": "Denoising steps (default: the model's own).",
     "truncation": "Which steps carry a gradient: K (the last K), full, suffix-uniform, suffix-gaussian, bernoulli, bernoulli-released.",
     "detach_input": "DRTune's stop-gradient on the network's input.",
 }
-FLAGS = {"run": "--from"}
-"""Flags that are not called as their argument."""
-HIDDEN = ("method", "options", "command", "callback")
-
-
-def _type(annotation: Any) -> Any:
-    """The command-line type of a Python annotation: numbers, flags, text, lists of text; several choices become text."""
-    if typing.get_origin(annotation) is collections.abc.Sequence:
-        return list[float] if typing.get_args(annotation) == (float,) else list[str]
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = [m for m in typing.get_args(annotation) if m is not type(None)] if union else [annotation]
-    simple = members[0] if len(members) == 1 and members[0] in (int, float, bool, str) else str
-    return simple | None if union and type(None) in typing.get_args(annotation) else simple
-
-
-def _documented(function: Callable) -> dict[str, str]:
-    """`name: text.` sentences of a docstring."""
-    text = " ".join((function.__doc__ or "").split())
-    return {n: t.strip()[0].upper() + t.strip()[1:] + "." for n, t in re.findall(r"\b([a-z_]+): ([^.;]+)[.;]", text)}
-
-
-def _flag(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
-    if name in FLAGS:
-        option = typer.Option(FLAGS[name], help=text)
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-        )
-    option = (
-        typer.Option(f"--{name.replace('_', '-')}", help=text)
-        if kind is not bool
-        else typer.Option(
-            f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}" if default else f"--{name.replace('_', '-')}",
-            help=text,
-        )
-    )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-
-
-def _flags(function: Callable, skip: tuple[str, ...]) -> list[inspect.Parameter]:
-    hints, documented, found = typing.get_type_hints(function), _documented(function), []
-    for name, p in inspect.signature(function).parameters.items():
-        if name in skip:
-            continue
-        kind = list[str] if name == "reward" else _type(hints[name])
-        default = p.default if p.default is not inspect.Parameter.empty else ...
-        default = list(default) if typing.get_origin(kind) is list and default is not ... else default
-        found.append(
-            _flag(
-                name,
-                kind,
-                str(default) if kind is str and isinstance(default, int) else default,
-                (documented.get(name) or HELP.get(name, ""))
-                if skip != HIDDEN
-                else HELP.get(name) or documented.get(name, ""),
-            )
-        )
-    return found
 
 
 def _config(context: typer.Context, value: Path | None) -> Path | None:
@@ -170,13 +113,13 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
 
 def _method_command(command: Callable, method: str, function: Callable, bound: tuple[str, ...]) -> Callable:
     """`align METHOD` or `guide METHOD`: the command's own flags, then the method's."""
-    common, own = _flags(command, HIDDEN), _flags(function, bound)
+    common, own = flags(command, HIDDEN, HELP), flags(function, bound, HELP)
 
     def run(config: Path | None = None, **values: Any) -> None:
-        given = {p.name: _number(values.pop(p.name)) for p in own}
+        given = {p.name: number(values.pop(p.name)) for p in own}
         command(method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values)
 
-    own_defaults = [p.replace(default=None, annotation=_optional(p.annotation)) for p in own]
+    own_defaults = [p.replace(default=None, annotation=optional(p.annotation)) for p in own]
     config = inspect.Parameter(
         "config",
         inspect.Parameter.KEYWORD_ONLY,
@@ -199,19 +142,9 @@ def _plain_command(function: Callable) -> Callable:
     def run(**values: Any) -> None:
         function(command=_command_line(), **values)
 
-    run.__signature__ = inspect.Signature(_flags(function, HIDDEN))  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(flags(function, HIDDEN, HELP))  # type: ignore[attr-defined]
     run.__doc__ = (function.__doc__ or "").splitlines()[0]
     return run
-
-
-def _optional(annotation: Any) -> Any:
-    """Unset flags of a method are None, so that a model's own defaults can step in."""
-    kind, option = typing.get_args(annotation)
-    return Annotated[kind | None, option]
-
-
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
 def _command_line() -> str:
@@ -261,7 +194,7 @@ def _doctor_command() -> Callable:
         found = commands.doctor(**values)
         raise typer.Exit(1 if any(f.level == "fault" for f in found) else 0)
 
-    run.__signature__ = inspect.Signature(_flags(commands.doctor, ()))  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(flags(commands.doctor, (), HELP))  # type: ignore[attr-defined]
     run.__doc__ = _doctor.__doc__
     return run
 
@@ -317,6 +250,20 @@ def compare(
 
     how = {"overwrite": overwrite, "device": device, "dtype": dtype, "threads": threads}
     commands.compare(runs, out=out, command=_command_line(), **how)
+
+
+@app.command()
+def serve(
+    reward: Annotated[list[str], typer.Option(help=HELP["reward"])],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
+    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
+) -> None:
+    """A reward behind HTTP, for --reward http://HOST:PORT. Set TROPISM_REWARD_TOKEN on both sides to ask for a token."""
+    from tropism import commands
+
+    commands.serve(reward, host=host, port=port, device=device, threads=threads)
 
 
 @app.command()

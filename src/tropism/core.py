@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tropism.answers import as_numbers, first_line, told
 from tropism.noise import Draw, Stream, as_index, generator, noise, uniform
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Normal",
     "Process",
     "Reward",
+    "RewardFailed",
     "Stream",
     "UserError",
     "clamp",
@@ -56,6 +58,14 @@ TERMINAL = -1.0
 
 class UserError(ValueError):
     """A mistake of the user's: the text says what, why, and one remedy."""
+
+
+class RewardFailed(UserError):
+    """A reward raised an exception on `samples` (B, ...) of `batch`."""
+
+    def __init__(self, text: str, samples: Tensor | None = None, batch: Batch | None = None):
+        super().__init__(text)
+        self.samples, self.batch = samples, batch
 
 
 # ---------------------------------------------------------------------------------------------------- batch
@@ -225,22 +235,24 @@ def is_differentiable(reward: Reward) -> bool:
 
 
 def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
-    """`reward(samples, batch)` checked: (B,), floating point. Raises UserError naming the reward and what it returned."""
-    value = reward(samples, batch)
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.as_tensor(value, dtype=samples.dtype, device=samples.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"Reward '{name_of(reward)}' returned {type(value).__name__}, not numbers ({error}). "
-                f"Return a tensor of shape ({len(batch)},)."
-            ) from error
-    if value.shape != (len(batch),):
+    """`reward(samples, batch)` checked: (B,), floating point. NaN is a sample that could not be scored.
+
+    Raises UserError naming the reward and what it returned (see answers.as_numbers), and RewardFailed where it raised an exception.
+    """
+    try:
+        value = reward(samples, batch)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = told(error, lambda i: reward(samples[i : i + 1], batch[[i]]), batch.prompts)
+        raise RewardFailed(f"Reward '{name_of(reward)}' {said}", samples.detach(), batch) from error
+    try:
+        return as_numbers(value, len(batch), samples)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"Reward '{name_of(reward)}' returned shape {tuple(value.shape)} for {len(batch)} samples. "
+            f"Reward '{name_of(reward)}' returned {first_line(error)}, for {len(batch)} samples. "
             f"A reward returns one number per sample: return a tensor of shape ({len(batch)},)."
-        )
-    return value if value.is_floating_point() else value.to(samples.dtype)
+        ) from error
 
 
 def scored_parts(reward: Reward, samples: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -53,8 +53,11 @@ def test_the_same_numbers_and_a_limit(slow):
 
 
 def test_an_exception_is_named(slow):
-    with pytest.raises(UserError, match=r"failed in a worker: ValueError: no such molecule"):
+    with pytest.raises(
+        UserError, match=r"raised ValueError: no such molecule \(slow.py, line 9\).*prompt 'a'"
+    ) as error:
         slow()(torch.ones(1, 3, dtype=torch.long), Batch(["a"]))
+    assert error.value.samples.tolist() == [[1, 1, 1]] and error.value.batch.prompts == ["a"]
 
 
 def test_numbers_that_cannot_be():

@@ -43,6 +43,18 @@ def group(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
 ADVANTAGES: dict[str, Advantage] = {f.__name__.replace("_", "-"): f for f in (per_prompt, batch, group)}
 
 
+def judged(
+    advantage: str, rewards: Tensor, prompts: list[str], past: Mapping[str, Sequence[float]]
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """(advantages (B,), `past` with this batch's rewards). A reward that is not finite takes no part: its advantage is 0."""
+    known = torch.isfinite(rewards)
+    own = [p for p, is_known in zip(prompts, known.tolist(), strict=True) if is_known]
+    memory, found = remembered(past, own, rewards[known]), torch.zeros_like(rewards)
+    if own:
+        found[known] = ADVANTAGES[advantage](rewards[known], own, memory)
+    return found, memory
+
+
 def remembered(past: Past, prompts: list[str], rewards: Tensor) -> dict[str, list[float]]:
     """`past` with a batch's rewards, KEPT a prompt, the newest last."""
     found = {p: list(r) for p, r in past.items()}

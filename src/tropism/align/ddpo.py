@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tropism.align.advantage import ADVANTAGES, remembered
+from tropism.align.advantage import ADVANTAGES, judged
 from tropism.align.rollout import Chain, surrogate
 from tropism.align.update import begin
 from tropism.core import (
@@ -29,9 +29,12 @@ from tropism.core import (
     gather,
     generator,
     in_pieces,
+    name_of,
     scored_parts,
 )
 
+MOST_LOST = 0.5
+"""Share of a batch that may be without a finite reward."""
 DETERMINISTIC = (
     "Every step of this chain is deterministic, so its transitions have no density and DDPO cannot learn. "
     "Take a stochastic sampler: --eta 1 (flow models: --eta 0.7)."
@@ -60,8 +63,10 @@ def ddpo(
 
     minibatches: parts of this process's rows, shuffled anew every epoch. clip_range: of the ratio of densities, 1 +- this.
     advantage: per-prompt, batch or group, clipped to +- advantage_clip. kl: weight of the transition's divergence from the base model's.
+    A sample whose reward is not finite takes no part; it is counted as reward/nonfinite.
     Densities are means over the latent's dimensions, as in the published code. `state` remembers rewards by prompt.
-    Raises UserError for a chain without a stochastic step (eta 0), more minibatches than samples, or numbers out of range.
+    Raises UserError for a chain without a stochastic step (eta 0), more minibatches than samples, numbers out of range, or
+    rewards of which more than half are not finite.
     """
     _check(len(batch), minibatches, inner_epochs, clip_range, advantage, advantage_clip, kl)
     chain, x_T = begin(model, reward, batch, seed=seed, update=update, steps=steps, guidance=guidance)
@@ -69,15 +74,16 @@ def ddpo(
     all_rewards, index = gather(path.rewards.double(), batch.index)
     place = {n: i for i, n in enumerate(index.tolist())}
     prompts = [p for _, p in sorted(zip(batch.whole.index, batch.whole.prompts, strict=True))]
-    past = remembered(state.get("rewards", {}), prompts, all_rewards.cpu())
-    judged = ADVANTAGES[advantage](all_rewards.cpu(), prompts, past).clamp(-advantage_clip, advantage_clip)
-    own = judged[[place[i] for i in batch.index]].to(path.rewards.device)
+    lost = _lost(reward, all_rewards, update)
+    advantages, past = judged(advantage, all_rewards.cpu(), prompts, state.get("rewards", {}))
+    own = advantages.clamp(-advantage_clip, advantage_clip)[[place[i] for i in batch.index]].to(path.rewards.device)
     parameters = list(model.trainable().values())
     for epoch in range(inner_epochs):
         order = generator(seed, Stream.SHUFFLE, update, step=1, k=epoch).permutation(len(batch))
         for part, rows in enumerate(np.array_split(order, minibatches)):
             gradient, told = ascend(chain, path, own, torch.from_numpy(rows), clip_range, kl, micro_batch)
-            info = Info(len(rows), {"reward": path.rewards, **path.parts}, told, images=path.images)
+            told["reward/nonfinite"] = float(lost)
+            info = Info(len(rows), path.columns(), told, images=path.images)
             if epoch == part == 0:
                 info.calls |= {"forward": path.rows, "decode": len(batch), "reward": len(batch)}
             info.calls |= {"recompute": int(told.pop("rows")), "backward": int(told.pop("backward"))}
@@ -95,6 +101,23 @@ class Path:
     parts: dict[str, Tensor] = field(default_factory=dict)
     images: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: int = 0
+
+    def columns(self) -> dict[str, Tensor]:
+        """The rewards and their parts, of the samples whose reward is finite."""
+        known = torch.isfinite(self.rewards)
+        return {name: values[known] for name, values in {"reward": self.rewards, **self.parts}.items()}
+
+
+def _lost(reward: Reward, rewards: Tensor, update: int) -> int:
+    """How many of the whole batch's rewards are not finite. Raises UserError, on all processes alike, for more than half of them."""
+    lost = int((~torch.isfinite(rewards)).sum())
+    if lost > MOST_LOST * len(rewards):
+        raise UserError(
+            f"Update {update}: reward '{name_of(reward)}' is not finite for {lost} of {len(rewards)} samples. Such samples take no part, "
+            f"but above {MOST_LOST:.0%} too few are left to learn from. Give poor samples a low score, and NaN only to those that cannot "
+            "be scored."
+        )
+    return lost
 
 
 @torch.no_grad()

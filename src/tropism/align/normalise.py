@@ -73,7 +73,7 @@ class Scaled:
             except StopIteration as end:
                 own = end.value
                 break
-            following = self._followed(scales, info, batch)
+            following = self._followed(scales, info)
             info.scalars |= {f"scale/{name}": spread for name, (_, spread) in scales.items()}
             yield loss, info
         return {"scales": following, "own": own}
@@ -95,13 +95,13 @@ class Scaled:
                 part = batch[at : at + size]
                 images = sample(self.model, part, Draw(seed, 0, part.index), steps=self.steps, guidance=self.guidance)
                 columns.append(self.reward.parts(images, part))
-        return self._scales({n: torch.cat([c[n] for c in columns]) for n in columns[0]}, batch)
+        return self._scales({n: torch.cat([c[n] for c in columns]) for n in columns[0]})
 
-    def _scales(self, columns: Mapping[str, Tensor], batch: Batch) -> dict[str, list[float]]:
+    def _scales(self, columns: Mapping[str, Tensor]) -> dict[str, list[float]]:
         found = {}
         for name in self.reward.names:
-            values, _ = gather(columns[name].detach().double(), batch.index)
-            values = values[~values.isnan()]
+            values, _ = gather(columns[name].detach().double(), range(len(columns[name])))
+            values = values[values.isfinite()]
             spread = values.std(correction=0).item() if len(values) > 1 else 0.0
             if spread < LEAST:
                 raise UserError(
@@ -111,11 +111,11 @@ class Scaled:
             found[name] = [values.mean().item(), spread]
         return found
 
-    def _followed(self, scales: dict[str, list[float]], info: Info, batch: Batch) -> dict[str, list[float]]:
+    def _followed(self, scales: dict[str, list[float]], info: Info) -> dict[str, list[float]]:
         if self.kind != "running":
             return scales
         try:
-            new = self._scales(info.columns, batch)
+            new = self._scales(info.columns)
         except UserError:  # a batch of equal values says nothing new
             return scales
         mixed = {}

@@ -4,6 +4,7 @@ from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
+from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
 
@@ -22,4 +23,5 @@ __all__ = [
     "guide",
     "mix",
     "pretrain",
+    "serve",
 ]

@@ -25,9 +25,10 @@ from tropism.models.load import load_model
 from tropism.plugin import load_object
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
 from tropism.rewards.load import check_prompts, require_gradient
-from tropism.rewards.workers import InWorkers
+from tropism.rewards.workers import InWorkers, ended
 from tropism.run import guided_report, request
 from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, overrides, set_up
+from tropism.run.failed import failures_kept
 from tropism.run.guided import Piece, Plan, fixed_tokens, run_pieces, spelled
 from tropism.run.guided_value import check as check_lesson
 from tropism.run.guided_value import learnt
@@ -126,7 +127,7 @@ def guide(
             f"eta is 0, a deterministic sampler: all candidates of a step would be equal, and {method} chooses among them. Use --eta 1."
         )
     reward = reward or _own_reward(model)
-    scored = request.read_reward(reward) if not workers else _in_workers(reward, workers, timeout)
+    scored = request.read_reward(reward, workers, timeout)
     if method in BY_GRADIENT:
         require_gradient(scored, f"guide {method}")
     loaded = _model(model, settings) if isinstance(model, str) else model
@@ -143,7 +144,7 @@ def guide(
     if prepare:
         prepare([p.text for p, _ in asked], [p.negative for p, _ in asked])
     config = request.as_plain({**settings, "model": str(model), "reward": request.spelled(reward), "options": hyper})
-    with Recorder(out, config, resume=resume, overwrite=overwrite) as recorder:
+    with Recorder(out, config, resume=resume, overwrite=overwrite) as recorder, ended(scored), failures_kept(Path(out)):
         before: dict[str, int] = {}
         if value == "learned":
             file = Path(out) / "value.safetensors"
@@ -154,7 +155,7 @@ def guide(
         told = (method, str(model), weights_of(scored), texts, seed, command, config, recorder.environment, pieces)
         done = guided_report.Finished(*told, letters=tuple(getattr(loaded, "letters", ())), before=before)
         page, found = guided_report.write(Path(out), done), guided_report.table(done)
-        recorder.say(guided_report.summary(done, found) + _over_time(scored) + f"\nSee {page}")
+        recorder.say(guided_report.summary(done, found) + _over_time(scored) + _unscored(pieces) + f"\nSee {page}")
     return GuidedRun(Path(out), texts, pieces, found)
 
 
@@ -192,17 +193,6 @@ def hyperparameters(function: Callable) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in inspect.signature(function).parameters.items() if n not in BOUND}
 
 
-def _in_workers(reward: Any, workers: int, timeout: float) -> Reward:
-    """The reward in processes of its own. Raises UserError for anything but one name."""
-    texts = [reward] if isinstance(reward, str) else reward
-    if not (isinstance(texts, Sequence) and len(texts) == 1 and isinstance(texts[0], str)):
-        raise UserError(
-            "Workers load the reward by its name: give one --reward NAME or file.py:function, without others beside it."
-        )
-    request.read_reward(texts)  # what is wrong with it is said here
-    return InWorkers(texts[0], workers=workers, timeout=timeout)
-
-
 def _over_time(reward: Reward) -> str:
     """Ends the workers, if there are any, and tells of samples over the limit."""
     if not isinstance(reward, InWorkers):
@@ -211,6 +201,13 @@ def _over_time(reward: Reward) -> str:
     late, refused = reward.timed_out, reward.refused
     said = f"\n{late} rewards exceeded the limit of {reward.timeout:g} s and count as -inf." if late else ""
     return said + (f"\n{refused} samples were refused by the program and count as -inf." if refused else "")
+
+
+def _unscored(pieces: Sequence[Piece]) -> str:
+    """Tells of rewards that were NaN, if any."""
+    count = lambda name: sum(costs.get(name, 0) for p in pieces for costs in (p.costs, p.plain_costs))
+    lost, all_ = count("unscored"), count("rewards_computed")
+    return f"\n{lost} of {all_} rewards were NaN: those samples could not be scored and count as -inf." if lost else ""
 
 
 def _check(method: str, hyper: Mapping[str, Any], model: Any, asked: Sequence[tuple[Prompt, int]]) -> None:

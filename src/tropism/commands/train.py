@@ -23,6 +23,7 @@ from tropism.models import lora
 from tropism.models.load import BUNDLED
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import own_rows
+from tropism.rewards.workers import end, ended
 from tropism.run import request
 from tropism.run.checks import known, numbers_of, set_up
 from tropism.run.evaluate import Evaluation
@@ -89,6 +90,8 @@ def align(
     t5: bool = True,
     scheduler: Sequence[str] = (),
     seed: int = 0,
+    workers: int = 0,
+    timeout: float = 60.0,
     held_out: str | Path | Sequence[str] | None = None,
     evaluate_every: int = 10,
     evaluate_prompts: int = 32,
@@ -118,6 +121,7 @@ def align(
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
+    workers: processes that a slow reward without a gradient runs in (ddpo), each sample with a limit of `timeout` seconds (over it, -inf).
     evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
     doctor: prove first, in seconds, that the gradient arrives; a fault is a UserError.
     Raises UserError for anything that cannot be, before the first update where possible.
@@ -134,7 +138,8 @@ def align(
     config = request.as_plain(
         {**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper}
     )
-    with Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers) as recorder:
+    recording = Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers)
+    with recording as recorder, ended(asked.reward):
         for text in remarks:
             recorder.say(text)
         identity = request.identity(model, reward)
@@ -175,6 +180,7 @@ def _examined(asked: Request) -> list[str]:
     found = examine(asked.model, asked.reward, asked.batch(0), guidance=guidance, seed=seed, gradient=gradient)
     faults = [f for f in found if f.level == "fault"]
     if faults:
+        end(asked.reward)
         more = f" ({len(faults) - 1} more: tropism doctor.)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0].text}{more} To go on regardless: --no-doctor.")
     return [f"{f.check}: {f.text}" for f in found if f.level == "warning"]

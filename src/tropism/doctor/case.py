@@ -54,7 +54,10 @@ def proof(text: str, error: float) -> Finding:
 class Case:
     """Everything the checks share, computed once. The two samples' prompts differ where the batch lets them."""
 
-    def __init__(self, model: Model, reward: Reward, batch: Batch, guidance: float, steps: int, seed: int):
+    def __init__(
+        self, model: Model, reward: Reward, batch: Batch, guidance: float, steps: int, seed: int, gradient: bool = True
+    ):
+        self.by_gradient = gradient
         self.model, self.reward, self.guidance, self.seed = model, reward, guidance, seed
         self.asked, self.batch = batch, _pair(batch)
         self.draw = Draw(seed, UPDATE, self.batch.index)

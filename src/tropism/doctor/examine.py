@@ -83,7 +83,9 @@ def examine(
     """
     try:
         with as_found(model, reward), torch.enable_grad():
-            return _examined(Case(model, reward, batch, guidance, steps, seed), () if gradient else OF_THE_PICTURE)
+            return _examined(
+                Case(model, reward, batch, guidance, steps, seed, gradient), () if gradient else OF_THE_PICTURE
+            )
     except Exception as error:  # before the first check
         return [_raised("model runs", error, reward)]
 

@@ -26,11 +26,15 @@ def reward_runs(case: Case) -> Iterator[Finding]:
     """One finite number for each of the model's own pictures."""
     for name, part in case.parts:
         values = scored(part, case.drawn[2], case.batch)
-        if not torch.isfinite(values).all():
-            yield fault(
-                f"Reward '{name}' is {_plain(values)} on this model's own pictures; it must be finite. Guard logarithms, "
-                "roots and divisions with a small constant."
-            )
+        finite = torch.isfinite(values)
+        if not finite.all():
+            told = f"Reward '{name}' is {_plain(values)} on this model's own pictures"
+            if not case.by_gradient and finite.any():
+                yield warning(
+                    f"{told}; where it is not finite a sample takes no part, and more than half of a batch must not be so."
+                )
+                continue
+            yield fault(f"{told}; it must be finite. Guard logarithms, roots and divisions with a small constant.")
 
 
 def reward_frozen(case: Case) -> Iterator[Finding]:

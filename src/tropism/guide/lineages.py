@@ -38,7 +38,10 @@ ValueOf = Callable[["Setting"], Value]
 
 @dataclass
 class Costs:
-    """Rows through the network (guidance counts two), rewards asked for and rewards computed, children drawn and distinct."""
+    """Rows through the network (guidance counts two), rewards asked for and rewards computed, children drawn and distinct.
+
+    unscored: rewards computed that were NaN, which counts as -inf.
+    """
 
     network: int = 0
     backward: int = 0
@@ -46,6 +49,7 @@ class Costs:
     rewards_computed: int = 0
     children: int = 0
     distinct: int = 0
+    unscored: int = 0
 
 
 @dataclass(frozen=True)

@@ -127,31 +127,35 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rewarded(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
-    """Rewards (R,) of decoded samples of these lineages, float64; each distinct sequence of tokens is scored once a prompt."""
+    """Rewards (R,) of decoded samples of these lineages, float64; each distinct sequence of tokens is scored once a prompt.
+
+    NaN, a sample that cannot be scored, is -inf here, so that it is never chosen and spoils no mean over exp(r / alpha).
+    """
     run.costs.rewards += len(samples)
     if samples.is_floating_point():
-        run.costs.rewards_computed += len(samples)
-        return _scored(run, samples, rows)
+        return _computed(run, samples, rows)
     groups = run.groups[rows].tolist()
     keys = [
         group.to_bytes(4, "little") + row.tobytes() for group, row in zip(groups, samples.cpu().numpy(), strict=True)
     ]
     new = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in run.seen}.values())[::-1]
     if new:
-        run.costs.rewards_computed += len(new)
-        found = _scored(run, samples[new], rows[new])
+        found = _computed(run, samples[new], rows[new])
         run.seen.update({keys[i]: v for i, v in zip(new, found, strict=True)})
     return torch.stack([run.seen[key] for key in keys])
 
 
-def _scored(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
+def _computed(run: Setting, samples: Tensor, rows: Tensor) -> Tensor:
     found = scored(run.reward, samples, run.batch[rows]).double().cpu()
     if torch.isposinf(found).any():
         raise UserError(
             f"Reward '{name_of(run.reward)}' is +inf for {int(torch.isposinf(found).sum())} of {len(found)} samples, so nothing can "
             "be better than these. Make it finite; -inf is for samples that must not be."
         )
-    return found
+    lost = torch.isnan(found)
+    run.costs.rewards_computed += len(samples)
+    run.costs.unscored += int(lost.sum())
+    return found.masked_fill(lost, -torch.inf)
 
 
 @torch.no_grad()

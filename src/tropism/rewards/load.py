@@ -11,8 +11,11 @@ from typing import Any
 from tropism import plugin
 from tropism.core import Reward, UserError, is_differentiable, name_of
 from tropism.rewards import aesthetic, chemistry, clip, count, docking, genome, jpeg, spelled
+from tropism.rewards.bridge import bridge
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
+from tropism.rewards.old_form import old_form
+from tropism.rewards.remote import Remote
 
 BUILT_IN = {
     "jpeg": jpeg.compressibility,
@@ -30,7 +33,11 @@ BUILT_IN = {
     "logp-window": chemistry.logp_window,
     "pharmacophore": chemistry.pharmacophore,
 }
-_FORMS = "clip:FOLDER or clip:HUB-ID, dock:COMMAND, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
+_FORMS = (
+    "clip:FOLDER or clip:HUB-ID, dock:COMMAND, http://HOST:PORT, old:file.py:function, bridge:MODULE:ATTRIBUTE, "
+    "file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
+)
+_URL = ("http://", "https://")
 _WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
 
 
@@ -54,6 +61,8 @@ def split(text: str) -> tuple[str, float]:
     if spelled.is_spelled(text) or text.startswith("dock:"):  # a command has "=" of its own
         return text, 1.0
     name, equals, weight = text.rpartition("=")
+    if text.startswith(_URL) and name.rpartition("?")[2].rpartition("&")[2].count("=") < ("?" in name):
+        return text, 1.0  # the "=" of KEY=VALUE in a query
     if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
         return text, 1.0
     try:
@@ -76,6 +85,13 @@ def _named(name: str) -> Reward:
         return clip.clip_score(name.removeprefix("clip:"))
     if name.startswith("dock:"):
         return docking.Docking(name.removeprefix("dock:"))
+    if name.startswith(_URL):
+        return Remote(name)
+    if name.startswith("bridge:"):
+        return bridge(name.removeprefix("bridge:"))
+    if name.startswith(("old:", "old-uint8:")):
+        form, _, place = name.partition(":")
+        return old_form(place, as_bytes=form == "old-uint8")
     if ".py:" in name:
         return _users(name)
     near = get_close_matches(name, BUILT_IN, n=1)

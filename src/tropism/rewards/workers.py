@@ -7,7 +7,9 @@ goes on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import TimeoutError as TimedOut
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -85,6 +87,7 @@ class InWorkers:
             self.timed_out += 1
             return -torch.inf
         except UserError:
+            self.close()
             raise
         except Exception as error:
             self.close()
@@ -104,3 +107,18 @@ class InWorkers:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+
+
+def end(reward: Reward) -> None:
+    """End the workers of a reward that has some."""
+    if isinstance(reward, InWorkers):
+        reward.close()
+
+
+@contextmanager
+def ended(reward: Reward) -> Iterator[None]:
+    """End the workers of a reward that has some, however the block ends."""
+    try:
+        yield
+    finally:
+        end(reward)

@@ -34,11 +34,17 @@ class Evaluation:
     def numbers(self) -> dict[str, float]:
         """For the record: means as "held_out/<column>", "drift" and "diversity" under their own names.
 
-        Rows of a part that is not meant for their prompt are NaN and left out.
+        Samples without a finite score, and rows of a part that is not meant for their prompt, are left out.
         """
-        mean = lambda n, v: (v.mean() if n == "reward" else v.nanmean()).item()
-        row = {n if n == "drift" else f"held_out/{n}": mean(n, v.double()) for n, v in self.columns.items()}
+        row = {n if n == "drift" else f"held_out/{n}": finite_mean(v) for n, v in self.columns.items()}
+        if lost := int((~torch.isfinite(self.columns["reward"])).sum()):
+            row["held_out/nonfinite"] = float(lost)
         return row if self.diversity is None else row | {"diversity": self.diversity}
+
+
+def finite_mean(values: Tensor) -> float:
+    """The mean of the finite values; NaN without one. What a reward cannot score takes no part."""
+    return values[torch.isfinite(values)].double().mean().item()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tropism.core import Batch, Info
 from tropism.run import checkpoint, checks
+from tropism.run.failed import failures_kept
 from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main, schedule_of
 from tropism.run.record import Recorder
 from tropism.run.signals import Interrupted, Stop, stopping
@@ -134,15 +135,16 @@ def fit(
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
     `evaluate_every` (0: never between) and after the last. callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
-    Raises UserError for a run that cannot learn, a reward, loss or gradient that is not finite, and a full disk;
-    Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
+    Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
+    or gradient that is not finite, and a full disk; Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
     """
     rate = schedule_of(schedule)
     optimiser = Optimiser(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip, ema=ema)
     run = _Run(optimiser, Path(out) / "checkpoints", keep, micro_batch=micro_batch)
     remarks = run.restore() if resume else ()
     first = run.update
-    with stopping() as stop, _full_disk_explained(run.folder), recorder.showing(run.update or -1, updates, remarks):
+    shown = recorder.showing(run.update or -1, updates, remarks)
+    with failures_kept(Path(out)), stopping() as stop, _full_disk_explained(run.folder), shown:
         if evaluate and run.update == 0:
             recorder.write({"update": 0, **_evaluated(evaluate, run)})
         while run.update < updates:

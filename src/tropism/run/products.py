@@ -20,7 +20,7 @@ from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch
 from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
-from tropism.run.evaluate import Evaluation, Measure
+from tropism.run.evaluate import Evaluation, Measure, finite_mean
 from tropism.run.evaluate import evaluate as measured
 from tropism.run.optimiser import is_main
 from tropism.run.record import Recorder
@@ -200,9 +200,7 @@ class Products:
 
     def _strengths(self) -> dict[float, dict[str, float]]:
         """The means of the first few held-out pictures at several strengths of the adapter, on the same noise."""
-        few = lambda found: {
-            n: v[: card.SHOWN].double().mean().item() for n, v in found.columns.items() if n != "drift"
-        }
+        few = lambda found: {n: finite_mean(v[: card.SHOWN]) for n, v in found.columns.items() if n != "drift"}
         model, measured = cast(Latent, self.model), {0.0: few(self.judge.before), 1.0: few(self.judge.after)}
         for strength in STRENGTHS:
             with lora.scaled(model, strength):

@@ -42,6 +42,7 @@ PRODUCTS = (
     "README.md",
     "logs",
     "samples",
+    "failed_batch",
     "weights",
     "pictures",
     "samples.csv",

@@ -65,8 +65,10 @@ def rows(before: Evaluation, after: Evaluation) -> list[Row]:
     """The table of numbers: every column of both evaluations, paired picture by picture, then diversity and drift."""
     found = []
     for name in [n for n in after.columns if n in before.columns and n != "drift"]:
-        meant = before.columns[name].isfinite() | (name == "reward")  # NaN: a prompt that this part is not meant for
-        a, b = before.columns[name].double()[meant], after.columns[name].double()[meant]
+        a, b = before.columns[name].double(), after.columns[name].double()
+        scored = a.isfinite() & b.isfinite()
+        if not scored.all():  # pairs of which one has no finite score
+            a, b, name = a[scored], b[scored], f"{name} ({int(scored.sum())} of {len(scored)} samples)"
         error = (b - a).std().item() / math.sqrt(len(a)) if len(a) > 1 else None
         found.append(Row(name, a.mean().item(), b.mean().item(), (b - a).mean().item(), error))
     if before.diversity is not None and after.diversity is not None:

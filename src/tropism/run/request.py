@@ -20,8 +20,9 @@ from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
 from tropism.rewards.combine import routed, weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
+from tropism.rewards.workers import InWorkers
 from tropism.run import report
-from tropism.run.checks import check_chain, check_numbers, known, overrides, set_up
+from tropism.run.checks import check_chain, check_numbers, known, not_negative, overrides, set_up
 from tropism.run.products import trained_on
 
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
@@ -78,7 +79,7 @@ def read(
     place, precision = set_up(settings["device"], settings["dtype"], settings["threads"])
     for name in options:
         known(name, hyperparameters(function), f"option of {method}")
-    reward_ = read_reward(reward)
+    reward_ = read_reward(reward, settings["workers"], settings["timeout"])
     if method not in WITHOUT_GRADIENT:
         require_gradient(reward_, f"align {method}")
     check_numbers(settings)
@@ -160,10 +161,21 @@ def own_guidance(model: Model, guidance: float | None) -> float:
     return getattr(model, "guidance", 1.0) if guidance is None else guidance
 
 
-def read_reward(reward: Rewards) -> Reward:
-    """One reward of names and callables; several are summed."""
+def read_reward(reward: Rewards, workers: int = 0, timeout: float = 60.0) -> Reward:
+    """One reward of names and callables; several are summed. workers: above 0, a single name runs in so many processes of its own.
+
+    timeout: seconds a sample may take there. Raises UserError for what cannot be loaded, by workers or at all.
+    """
+    not_negative(workers=workers)
     parts = _parts(reward)
     texts = [p for p in parts if isinstance(p, str)]
+    if workers:
+        if len(parts) != 1 or not texts:
+            raise UserError(
+                "Workers load the reward by its name: give one --reward NAME or file.py:function, without others beside it."
+            )
+        load_rewards(texts)  # what is wrong with it is said here
+        return InWorkers(texts[0], workers=workers, timeout=timeout)
     if len(texts) == len(parts):
         return load_rewards(texts)
     loaded = [load_rewards([p]) if isinstance(p, str) else p for p in parts]

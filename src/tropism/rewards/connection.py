@@ -1,0 +1,205 @@
+"""Requests to a reward server that end in time, are tried again where that can help, and never tell the token to anyone else."""
+
+from __future__ import annotations
+
+import http.client
+import math
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from tropism.core import UserError
+from tropism.rewards.protocol import TOKEN, VERSION, Refused, own_token, read_json, same_version
+
+TIMEOUT = "TROPISM_REWARD_TIMEOUT"
+"""The environment variable that holds the seconds a request may take, 120 without it."""
+MOST_SECONDS = 86_400.0
+MOST_ANSWER = 2**20
+"""Bytes of an answer: some hundred are enough for a sample."""
+
+
+class _Passing(Exception):
+    """A failure that may pass: no connection, no answer in time, half an answer, a busy or broken server."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens. base: the path before /score and /health. query: with its question mark, or ""."""
+
+    scheme: str
+    host: str
+    port: int | None
+    base: str
+    query: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.base}"
+
+
+def place_of(url: str) -> Place:
+    """The parts of an address. Raises UserError for one that cannot be, or that holds a secret, which would be written into config.yaml."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UserError(
+            f"The address of the reward cannot be read ({error}). Write http://HOST:PORT[/PATH]."
+        ) from error
+    secret = [
+        k for k, _ in parse_qsl(parts.query) if any(w in k.lower() for w in ("token", "key", "secret", "password"))
+    ]
+    if parts.username is not None or secret:
+        raise UserError(
+            f"The reward's address holds a secret{f' ({secret[0]})' if secret else ''}, and addresses are written into the run folder. "
+            f"Leave it out and set the environment variable {TOKEN}; it is sent as a bearer token."
+        )
+    if (
+        parts.scheme not in ("http", "https")
+        or not host
+        or parts.fragment
+        or not (url.isascii() and url.isprintable())
+        or " " in url
+    ):
+        raise UserError(f"{url!r} is no address of a reward server. Write http://HOST:PORT[/PATH].")
+    return Place(parts.scheme, host, port, parts.path.rstrip("/"), f"?{parts.query}" if parts.query else "")
+
+
+def own_timeout() -> float:
+    """Seconds a request may take. Raises UserError for what is no number above 0."""
+    text = os.environ.get(TIMEOUT) or "120"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MOST_SECONDS:
+        raise UserError(
+            f"{TIMEOUT} is {text!r}; it must be a number of seconds above 0, at most a day. Try {TIMEOUT}=120."
+        )
+    return seconds
+
+
+class Connection:
+    """A server to ask. timeout: seconds a request may take in all, each retry anew. most: bytes of an answer.
+
+    retries: further attempts after a failure that may pass, with pauses of `pause` seconds, doubled each time, give or take a half.
+    """
+
+    def __init__(self, url: str, *, timeout: float | None, retries: int, pause: float, most: int):
+        self.place, self.timeout = place_of(url), own_timeout() if timeout is None else timeout
+        self.retries, self.pause, self.most, self._token = retries, pause, most, own_token()
+        self.requests = 0
+
+    def ask(self, method: str, path: str, body: bytes | None = None, retries: int | None = None) -> dict[str, Any]:
+        """A checked answer. Raises UserError, after `retries` further attempts (default: the connection's own)."""
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
+            try:
+                answer = read_json(self._once(method, path, body))
+                same_version(answer)
+                return answer
+            except Refused as error:
+                raise self.wrong(error) from error
+            except _Passing as error:
+                if attempt == retries:
+                    times = f" {retries + 1} times" if retries else ""
+                    raise UserError(
+                        f"The reward server {self.place} failed{times}: {self.clean(error)}. "
+                        f"See that it runs and answers {path}, or give it more time by {TIMEOUT}=300."
+                    ) from error
+            time.sleep(self.pause * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def _once(self, method: str, path: str, body: bytes | None) -> bytes:
+        """The bytes of an answer of status 200. Raises _Passing, Refused, or UserError where trying again cannot help."""
+        self.requests += 1
+        headers = {"Accept": "application/json", "Connection": "close", "User-Agent": "tropism"}
+        headers |= {"Content-Type": "application/json"} if body is not None else {}
+        headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        kind = http.client.HTTPSConnection if self.place.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.place.host, self.place.port, timeout=self.timeout)
+        with _at_most(self.timeout, connection):
+            connection.request(method, self.place.base + path + self.place.query, body, headers)
+            response = connection.getresponse()
+            answer = self._read(response)
+        if response.status != 200:
+            self._explain(response.status, response.getheader("Location"), answer)
+        return answer.replace(self._token.encode(), b"***") if self._token else answer
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """The whole body. Raises Refused where it is too long."""
+        expected = response.length
+        answer = b"" if expected is not None and expected > self.most else response.read(self.most + 1)
+        if len(answer) > self.most or (expected or 0) > self.most:
+            raise Refused(f"longer than {self.most} bytes")
+        if expected is not None and len(answer) < expected:
+            raise _Passing(f"it sent {len(answer)} of {expected} bytes")
+        return answer
+
+    def _explain(self, status: int, location: str | None, answer: bytes) -> None:
+        """Raises what an answer that is no success means."""
+        try:
+            said = f": {self.clean(read_json(answer).get('error', ''))}"
+        except Refused:
+            said = ""
+        if status >= 500 or status == 429:
+            raise _Passing(f"status {status}{said}")
+        if status in (401, 403):
+            how = "refused the token in" if self._token else "asks for a token; set"
+            raise UserError(f"The reward server {self.place} {how} the environment variable {TOKEN} (status {status}).")
+        if 300 <= status < 400:
+            raise UserError(
+                f"The reward server {self.place} sends elsewhere, to {self.clean(location)} (status {status}), and redirects are not "
+                "followed. Give that address as --reward if you trust it."
+            )
+        raise UserError(
+            f"The reward server {self.place} refused the request, status {status}{said}. Compare it with `tropism serve`."
+        )
+
+    def clean(self, text: Any) -> str:
+        """A server's words in one line, without the token that it may repeat."""
+        line = "".join(c if c.isprintable() else " " for c in str(text))
+        return (line.replace(self._token, "***") if self._token else line)[:400]
+
+    def wrong(self, error: Refused) -> UserError:
+        """What to say of an answer that breaks the protocol."""
+        return UserError(
+            f"The answer of the reward server {self.place} is {self.clean(error)}. "
+            f"Compare it with `tropism serve`, which speaks version {VERSION}."
+        )
+
+
+@contextmanager
+def _at_most(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
+    """A connection that ends after so many seconds in all: a socket's own limit starts anew with every byte. Its failures are _Passing."""
+    late = threading.Event()
+    end = threading.Timer(seconds, lambda: None)
+    try:
+        connection.connect()
+        held = connection.sock  # the connection lets go of it while its answer is still read
+
+        def cut() -> None:
+            late.set()
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
+
+        end = threading.Timer(seconds, cut)
+        end.daemon = True
+        end.start()
+        yield
+        if late.is_set():  # what was read until then may look whole
+            raise _Passing("cut")
+    except (OSError, http.client.HTTPException, _Passing) as error:
+        slow = late.is_set() or isinstance(error, TimeoutError)
+        said = str(error) or type(error).__name__
+        raise _Passing(f"no answer within {seconds:g} s" if slow else said) from error
+    finally:
+        end.cancel()
+        connection.close()
