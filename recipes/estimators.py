@@ -136,17 +136,23 @@ def main() -> None:
 
 def draw(file: Path, right: dict[float, Tensor], seen: dict[str, Tensor], table: list) -> None:
     """Left: what each sees of every step, beside the exact gradient. Right: bias against noise."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, scatter = figure.subplots(1, 2, width_ratios=[3, 2])
-    for name, mean in seen.items():
-        left.plot(range(1, STEPS + 1), mean, marker=".", lw=1, label=name)
-    left.plot(range(1, STEPS + 1), right[0.0] / right[0.0].norm(), "k", lw=3, alpha=0.4, label="exact, deterministic chain")
-    left.plot(range(1, STEPS + 1), right[1.0] / right[1.0].norm(), "k:", lw=3, alpha=0.4, label="exact, stochastic chain")
-    left.set(xlabel="denoising step", ylabel="mean gradient, unit length", title="what an estimator sees of each step")
-    left.legend(fontsize=7)
-    for name, cosine, _, _, noise, *_ in table:
-        scatter.plot(max(1 - cosine, 1e-5), noise, "o")
-        scatter.annotate(name, (max(1 - cosine, 1e-5), noise), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, scatter = figure.subplots(1, 2, width_ratios=[1, 1])
+    colours = [f"C{i}" if i < 10 else f"C{i - 10}" for i in range(len(seen))]
+    for i, (name, mean) in enumerate(seen.items()):
+        style = "-" if i < 10 else "--"
+        left.plot(range(1, STEPS + 1), -mean, style, color=colours[i], marker=".", lw=1, label=name)
+    left.plot(range(1, STEPS + 1), -right[0.0] / right[0.0].norm(), "k", lw=3, alpha=0.4, label="exact, deterministic chain")
+    left.plot(range(1, STEPS + 1), -right[1.0] / right[1.0].norm(), "k:", lw=3, alpha=0.4, label="exact, stochastic chain")
+    left.set(xlabel="denoising step", ylabel="minus the mean gradient, unit length", title="what an estimator sees of each step")
+    left.legend(fontsize=7, ncols=2)
+    low = 0
+    for i, (name, cosine, _, _, noise, *_) in enumerate(table):
+        at, crowded = (max(1 - cosine, 1e-5), noise), noise < 1 and cosine < 0.1
+        scatter.plot(*at, "o", color=colours[i])
+        low += crowded  # five lie on one another: their names stand in a column
+        how = {"xytext": (-6, 10 * low) if crowded else (-6, 5), "textcoords": "offset points", "ha": "right"}
+        scatter.annotate(name, at, fontsize=7, color=colours[i], **({**how, "ha": "left"} if cosine > 0.999 else how))
     scatter.set(xscale="log", yscale="log", xlabel="bias, 1 - cosine", ylabel="noise, samples", title="bias and noise")
     figure.savefig(file, dpi=110)
 
