@@ -1,0 +1,86 @@
+"""Is the trained reward still worth its name? Held-out rewards that fall while it rises say no; the best weights are kept.
+
+The sentinel looks at evaluations on fixed prompts and noise, so two of them are compared picture by picture. It sees the trained reward and
+the held-out ones, never a gold measure.
+Source of the phenomenon: Scaling Laws for Reward Model Overoptimization, arXiv 2210.10760.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Z = 4.0
+"""Standard errors that a fall must have; the best was chosen among many, so it was also lucky."""
+SHARE = 0.15
+"""Share of the gain at the best that must be lost."""
+PATIENCE = 2
+"""Evaluations in a row that must say so."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One evaluation: the trained reward (n,) and the held-out rewards by name, (n,) each, on the same n pictures every time."""
+
+    update: int
+    trained: Tensor
+    held_out: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """best: the update whose held-out score is highest. alarm: what is wrong, in a sentence, or "". falling: evaluations in a row."""
+
+    best: int
+    alarm: str = ""
+    falling: int = 0
+
+
+def scores(seen: Sequence[Seen]) -> Tensor:
+    """Held-out score (evaluations, n): each reward in units of its spread at the first evaluation, and their mean.
+
+    Where none is held out, the trained reward.
+    """
+    names = list(seen[0].held_out)
+    columns = [torch.stack([s.held_out[name].double() for s in seen]) for name in names]
+    columns = columns or [torch.stack([s.trained.double() for s in seen])]
+    units = [(c - c[0].mean()) / c[0].std(correction=0).clamp_min(1e-12) for c in columns]
+    return torch.stack(units).mean(0)
+
+
+def assess(seen: Sequence[Seen]) -> Verdict:
+    """What the evaluations so far say, the first of them of the base model."""
+    score = scores(seen)
+    means = score.mean(1)
+    best = int(means.argmax())
+    falling = 0
+    for i in range(best + 1, len(seen)):
+        falling = falling + 1 if _has_fallen(seen, score, best, i) else 0
+    alarm = ""
+    if falling >= PATIENCE:
+        worst = min(seen[0].held_out, key=lambda name: _change(seen, name, best), default="the reward")
+        alarm = (
+            f"over-optimised: since update {seen[best].update} the trained reward rose by "
+            f"{(seen[-1].trained - seen[best].trained).double().mean().item():.3g}, while {worst} fell by {-_change(seen, worst, best):.3g}"
+            if seen[0].held_out
+            else ""
+        )
+    return Verdict(seen[best].update, alarm, falling)
+
+
+def _has_fallen(seen: Sequence[Seen], score: Tensor, best: int, now: int) -> bool:
+    """Whether the score fell, picture by picture, by more than chance and more than a little, while the trained reward did not."""
+    change = score[now] - score[best]
+    error = change.std(correction=1) / len(change) ** 0.5
+    least = torch.maximum(Z * error, SHARE * (score[best].mean() - score[0].mean()).clamp_min(0))
+    rose = seen[now].trained.double().mean() >= seen[best].trained.double().mean()
+    return bool(-change.mean() > least) and bool(rose)
+
+
+def _change(seen: Sequence[Seen], name: str, best: int) -> float:
+    if name not in seen[0].held_out:
+        return 0.0
+    return (seen[-1].held_out[name] - seen[best].held_out[name]).double().mean().item()
