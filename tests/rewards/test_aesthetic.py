@@ -10,7 +10,7 @@ from test_clip import photographs, processor
 
 from tropism.core import Batch, UserError
 from tropism.rewards import aesthetic
-from tropism.rewards.aesthetic import Aesthetic, Head, bradley_terry_loss, laion_aesthetic
+from tropism.rewards.aesthetic import Aesthetic, Head, bradley_terry_loss, laion_aesthetic, linear_head
 
 
 def test_loss_is_the_likelihood_of_the_votes():
@@ -111,6 +111,12 @@ def test_laions_head_from_safetensors_and_what_it_says(laion):
     reward = laion_aesthetic(str(folder / "head.safetensors"), str(folder))
     assert reward.name == f"aesthetic:{folder / 'head.safetensors'}"
     assert (reward.about.size, reward.about.licence) == (48, "not confirmed")
+
+
+def test_layers_are_taken_by_number_and_not_as_they_lie_in_the_file(laion):
+    state = laion[1].state_dict()
+    state = {name.replace("layers.7", "layers.10"): x for name, x in reversed(state.items())}
+    assert [layer.in_features for layer in linear_head(state, 16, "here").layers] == [16, 32, 24, 16, 8]
 
 
 @pytest.mark.parametrize("broken", ["layers.0.weight", "layers.7.bias", "layers.4.weight"])

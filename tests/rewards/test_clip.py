@@ -9,6 +9,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from tropism.core import Batch, UserError
 from tropism.rewards.clip import MEAN, STD, Clip, ClipScore, clip_pixels, clip_score
+from tropism.rewards.pixels import Preparation, published
 
 
 def photographs(height, width, count=4):
@@ -98,7 +99,7 @@ def test_a_folder_is_read_with_its_own_normalisation(clip, tokenizer, tmp_path, 
 
 
 def test_a_folder_without_a_clip(tmp_path):
-    with pytest.raises(UserError, match="holds no CLIP"):
+    with pytest.raises(UserError, match="No CLIP model could be read"):
         clip_score(str(tmp_path))
 
 
@@ -153,8 +154,9 @@ def test_a_folders_own_size_and_resampling(siglip, tmp_path):
     )
     prepare = clip_score(str(tmp_path)).clip.prepare
     assert (prepare.resize, prepare.crop, prepare.mode, prepare.mean) == ((48, 48), (), "bilinear", (0.4,) * 3)
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 40, "size": 48}')  # no crop unless it says so
+    assert published(str(tmp_path), Preparation((48, 48))).crop == ()
+    assert published(str(tmp_path), Preparation((48,), (48, 48))) == Preparation((48,), (40, 40))
     SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=1).save_pretrained(tmp_path)
-    from tropism.rewards.pixels import Preparation, published
-
     with pytest.raises(UserError, match="resampling 1; Tropism has 2"):
         published(str(tmp_path), Preparation((48,)))

@@ -46,6 +46,15 @@ def test_a_changed_file_is_read_again_and_a_broken_conversion_is_made_again(tmp_
     assert read_weights(str(tmp_path), "head.pth")["a.weight"].tolist() == [1.0]
 
 
+def test_a_conversion_of_another_file_is_not_taken(tmp_path):
+    """The name holds half of the hash; the header holds all of it."""
+    torch.save({"a": torch.ones(1)}, tmp_path / "head.pth")
+    read_weights(str(tmp_path), "head.pth")
+    (kept,) = cache_folder().iterdir()
+    save_file({"a": torch.zeros(1)}, kept, {"sha256": "of another file"})
+    assert read_weights(str(tmp_path), "head.pth")["a"].item() == 1.0
+
+
 def test_a_checkpoint_is_unwrapped(tmp_path, weights):
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "head.pt")
     assert set(read_weights(str(tmp_path), "head.pt")) == set(weights)
@@ -97,7 +106,7 @@ def test_a_hub_id_without_a_network(monkeypatch):
 
 
 def test_another_architecture_or_none(tmp_path):
-    with pytest.raises(UserError, match="holds no CLIP model"):
+    with pytest.raises(UserError, match="No CLIP model could be read"):
         configuration(str(tmp_path), ("clip",), "CLIP model", "openai/clip-vit-base-patch32")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     with pytest.raises(UserError, match=r"its model_type is 'dinov2'.*clip or siglip, such as openai"):

@@ -55,18 +55,19 @@ def theirs_of_qwen(model, words, picture, question):
 
 
 @torch.no_grad()
-def test_probability_is_that_of_transformers(made):
-    """PIL processor, expanded image tokens, the model's own forward, softmax by hand; PIL's rounding is 1 %."""
+@pytest.mark.parametrize(("height", "width", "allowed"), [(48, 48, 1e-5), (60, 76, 0.1)])
+def test_probability_is_that_of_transformers(made, height, width, allowed):
+    """PIL processor, expanded image tokens, the model's own forward, softmax by hand; the rest is PIL's rounding."""
     kind, folder, model, words = made
     theirs_of = theirs_of_llava if kind == "llava" else theirs_of_qwen
-    pictures = photographs(60, 76)
+    pictures = photographs(height, width)
     rows = []
     for picture, prompt in zip(pictures, PROMPTS, strict=True):
         logits = theirs_of(model, words, picture, f"Does this figure show '{prompt}'? Please answer yes or no.")
         rows.append(logits.softmax(-1)[words.convert_tokens_to_ids(["yes", "Yes"])].sum())
     theirs, reward = torch.stack(rows), vqa_score(str(folder))
     ours = reward(as_tensor(pictures), Batch(PROMPTS))
-    torch.testing.assert_close(ours.log(), theirs.log(), rtol=0, atol=0.05)
+    torch.testing.assert_close(ours.log(), theirs.log(), rtol=0, atol=allowed)
     assert theirs.log().std() > 0.3, "the comparison would prove nothing"
     assert reward.name == f"vqa:{folder}"
     assert reward.about.size == (48 if kind == "llava" else None)
@@ -114,6 +115,9 @@ def test_a_chat_template_is_used(made, tmp_path):
     asked = words("Q: <image>Does this figure show 'a cat'? Please answer yes or no. A:")["input_ids"]
     assert reward.tokens("a cat") == asked
     assert words.convert_ids_to_tokens(asked)[0] == "<s>"
+    (tmp_path / "chat_template.jinja").write_text(template.replace("Q: ", "the tokenizer's own: "))
+    ids = vqa_score(str(tmp_path)).tokens("a cat")
+    assert words.decode(ids).replace(" ", "").startswith("<s>thetokenizer'sown:<image>Does")
 
 
 def test_a_start_token_of_the_template_is_not_doubled(made):

@@ -11,6 +11,8 @@ def lively(model, gain=1.5, seed=0):
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(0, gain / p[0].numel() ** 0.5)
+            elif p.ndim == 1:  # gains of 1 and biases of 0 would hide that they were dropped
+                p.copy_(float((p == 1).all()) + 0.1 * torch.randn_like(p))
     return model.eval()
 
 

@@ -85,7 +85,9 @@ def tokenizer_of(source: str, what: str, example: str) -> Any:
 
 def unreadable(source: str, what: str, error: Exception, example: str) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"'{source}' holds no {what}: {reason} Give a folder, or a hub id such as {example}. {OFFLINE}")
+    return UserError(
+        f"No {what} could be read from '{source}': {reason} Give a folder, or a hub id such as {example}. {OFFLINE}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- weight files
