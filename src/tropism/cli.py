@@ -35,9 +35,8 @@ HELP = {
     "model": "Bundled name (shapes; guide: dna, utr, molecules too), diffusers folder, hub id, or file.py:Class (made without arguments: "
     "rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
-    "aesthetic, pickscore, hps:v2.1, imagereward, count, objects, clip:SOURCE, vqa:SOURCE, file.py:function; "
-    "for sequences dna-liver, dna-specific, utr-load, gc-window; for "
-    "molecules qed, sa, logp-window, pharmacophore, dock:COMMAND.",
+    "aesthetic, pickscore, hps:v2.1, imagereward, count, objects, clip:SOURCE, vqa:SOURCE, file.py:function; for sequences "
+    "dna-liver, dna-specific, utr-load, gc-window; for molecules qed, sa, logp-window, pharmacophore, dock:COMMAND.",
     "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
     "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",
