@@ -33,9 +33,9 @@ HELP = {
     "model": "Bundled name (shapes; guide: dna, utr, molecules too), diffusers folder, hub id, or file.py:Class (made without arguments: "
     "rank, eta, dtype are its own).",
     "reward": "NAME[=WEIGHT], repeatable: jpeg, jpeg-bytes, incompressibility, shapes-alignment, shapes-count, shapes-aesthetic, "
-    "clip:FOLDER, file.py:function; for sequences dna-liver, dna-specific, utr-load, gc-window; for "
-    "molecules qed, sa, logp-window, pharmacophore, dock:COMMAND; a server's http://HOST:PORT, a function of the older trainers' form "
-    "old:file.py:function, another package's scorer bridge:MODULE:ATTRIBUTE.",
+    "aesthetic, pickscore, hps:v2.1, imagereward, count, objects, clip:SOURCE, vqa:SOURCE, file.py:function; for sequences "
+    "dna-liver, dna-specific, utr-load, gc-window; for molecules qed, sa, logp-window, pharmacophore, dock:COMMAND; a server's "
+    "http://HOST:PORT, old:file.py:function, bridge:MODULE:ATTRIBUTE; of these product(A,B), minimum(A,B), hinge(A,C), target(A,C).",
     "prompts": ".txt (one a line), .jsonl or .csv, with {red|blue} and __list__ wildcards; a bundled set (animals, "
     "animals-activities, counting, objects-colors, scenes); or a Hub dataset, org/name[:column][@split]. The bundled model has its own.",
     "held_out": "Prompts for evaluation only (default: a tenth of --prompts is kept out of training).",

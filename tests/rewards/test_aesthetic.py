@@ -1,11 +1,16 @@
+from itertools import pairwise
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
+from test_clip import photographs, processor
 
-from tropism.core import Batch
+from tropism.core import Batch, UserError
 from tropism.rewards import aesthetic
-from tropism.rewards.aesthetic import Aesthetic, Head, bradley_terry_loss
+from tropism.rewards.aesthetic import Aesthetic, Head, bradley_terry_loss, laion_aesthetic, linear_head
 
 
 def test_loss_is_the_likelihood_of_the_votes():
@@ -63,3 +68,62 @@ def test_prompts_are_not_read(clip, images):
     reward = Aesthetic(clip, Head(clip.width))
     assert torch.equal(reward(images, Batch(["a"] * 4)), reward(images, Batch(["b"] * 4)))
     assert reward(images, Batch(["a"] * 4)).std() > 0
+
+
+@pytest.fixture
+def laion(clip, tokenizer, tmp_path, monkeypatch):
+    """A folder with a CLIP and a head in LAION's layout: dropout takes numbers, layers 768-1024-128-64-16-1 are smaller."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clip.frozen.module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    inside = (clip.width, 32, 24, 16, 8, 1)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(a, b) for a, b in pairwise(inside)]
+    dropout = [torch.nn.Dropout(0.2), torch.nn.Dropout(0.2), torch.nn.Dropout(0.1)]
+    published = torch.nn.ModuleDict(
+        {"layers": torch.nn.Sequential(*(m for pair in zip(layers, dropout, strict=False) for m in pair), *layers[3:])}
+    ).eval()
+    assert [n for n in published.state_dict() if "weight" in n] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]
+    with torch.no_grad():
+        layers[-1].bias.fill_(5.0)
+        layers[-1].weight.mul_(30)
+    torch.save(published.state_dict(), tmp_path / "aesthetic-model.pth")
+    return tmp_path, published
+
+
+@torch.no_grad()
+def test_laions_score_is_that_of_pil_transformers_and_its_own_head(laion, clip):
+    """Within 1e-2, the limit for the aesthetic score, on a scale of 1 to 10; PIL rounds to 8 bits, we do not."""
+    folder, published = laion
+    reward = laion_aesthetic(str(folder), str(folder))
+    pictures = photographs(80, 64)
+    seen = processor(48)([Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"]
+    features = clip.frozen.module.get_image_features(pixel_values=seen).pooler_output
+    theirs = published["layers"](features / features.norm(dim=-1, keepdim=True))[:, 0]
+    ours = reward(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, Batch(["a"] * 4))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+    assert theirs.std() > 0.1, "the comparison would prove nothing"
+
+
+def test_laions_head_from_safetensors_and_what_it_says(laion):
+    folder, published = laion
+    save_file(published.state_dict(), folder / "head.safetensors")
+    reward = laion_aesthetic(str(folder / "head.safetensors"), str(folder))
+    assert reward.name == f"aesthetic:{folder / 'head.safetensors'}"
+    assert (reward.about.size, reward.about.licence) == (48, "not confirmed")
+
+
+def test_layers_are_taken_by_number_and_not_as_they_lie_in_the_file(laion):
+    state = laion[1].state_dict()
+    state = {name.replace("layers.7", "layers.10"): x for name, x in reversed(state.items())}
+    assert [layer.in_features for layer in linear_head(state, 16, "here").layers] == [16, 32, 24, 16, 8]
+
+
+@pytest.mark.parametrize("broken", ["layers.0.weight", "layers.7.bias", "layers.4.weight"])
+def test_a_head_of_another_network(laion, broken):
+    folder, published = laion
+    state = published.state_dict()
+    del state[broken]
+    save_file(state, folder / "head.safetensors")
+    with pytest.raises(UserError, match="no head of linear layers from 16 features to 1 score"):
+        laion_aesthetic(str(folder / "head.safetensors"), str(folder))

@@ -1,6 +1,7 @@
 """What every reward must do. A new reward is one more line in REWARDS."""
 
 import pytest
+import tiny_catalogue
 import torch
 from tiny_clip import PROMPTS
 
@@ -11,6 +12,8 @@ from tropism.rewards.clip import ClipScore
 from tropism.rewards.combine import weighted
 from tropism.rewards.count import Count, Counter
 from tropism.rewards.named import Named
+from tropism.rewards.objects import ObjectCount, ObjectPresence
+from tropism.rewards.pickscore import PickScore
 
 
 def seeded(build):
@@ -27,6 +30,15 @@ REWARDS = {
     "aesthetic": lambda clip: Aesthetic(clip, seeded(lambda: Head(clip.width))),
     "function": lambda clip: Named("mine", True, lambda samples, batch: samples.square().mean((1, 2, 3))),
     "sum": lambda clip: weighted([(Count(seeded(Counter)), 1), (jpeg.compressibility(), 0.3), (ClipScore(clip), -2)]),
+    "siglip": lambda clip: tiny_catalogue.siglip(),
+    "laion aesthetic": tiny_catalogue.laion,
+    "pickscore": PickScore,
+    "hps": lambda clip: tiny_catalogue.human_preference(),
+    "imagereward": lambda clip: tiny_catalogue.image_reward(),
+    "object count": lambda clip: tiny_catalogue.detections(ObjectCount),
+    "object presence": lambda clip: tiny_catalogue.detections(ObjectPresence),
+    "features": lambda clip: tiny_catalogue.likeness(),
+    "vqa": lambda clip: tiny_catalogue.asked(),
     "mixed sum": lambda clip: weighted([(Count(seeded(Counter)), 1), (jpeg.black_box(), 0.3)]),
 }
 
@@ -38,7 +50,8 @@ def reward(request, clip):
 
 @pytest.fixture
 def batch():
-    return Batch(PROMPTS)
+    generator = torch.Generator().manual_seed(8)
+    return Batch(PROMPTS, reference=torch.rand(4, 3, 56, 56, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -62,6 +75,14 @@ def test_half_precision_is_judged_in_float32(reward, images, batch):
 def test_says_what_it_is(reward):
     assert isinstance(reward.name, str)
     assert isinstance(reward.differentiable, bool)
+
+
+def test_a_value_is_in_the_range_that_is_declared(reward, images, batch):
+    if getattr(reward, "about", None) is None:
+        return
+    low, high = reward.about.range
+    value = reward(images, batch)
+    assert ((low <= value) & (value <= high)).all()
 
 
 def test_a_sample_is_judged_alone(reward, images, batch):

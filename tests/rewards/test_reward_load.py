@@ -89,6 +89,31 @@ def test_unknown_names():
     assert all(name in str(error.value) for name in BUILT_IN)
 
 
+@pytest.mark.parametrize("name", ["clip", "clip:", "vqa", "pickscore:"])
+def test_a_catalogue_reward_without_its_source(name):
+    with pytest.raises(UserError, match=rf"needs to know whose weights\. Give {name.rstrip(':')}:FOLDER"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("pickscore", "CLIP model"), ("count", "OWLv2"), ("aesthetic", "CLIP model")]
+)
+def test_a_hub_id_without_a_network_is_one_line(name, what, monkeypatch):
+    import transformers
+
+    def offline(source, **options):
+        raise OSError("We couldn't connect to the hub.\nMany more lines.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(
+        UserError, match=rf"No {what}.*couldn't connect to the hub\. Give a folder.*a folder does not"
+    ) as error:
+        load_reward(f"{name}=0.5")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=rf"Did you mean {name}\?"):
+        load_reward(name[:-1])
+
+
 def test_a_users_function(mine, images):
     batch, reward = Batch(["a"] * 4), load_reward(f"{mine}:bright")
     assert (reward.name, reward.differentiable) == ("bright", True)

@@ -1,7 +1,7 @@
-"""Image-text alignment under a CLIP model, differentiable in the picture: cosine, or certainty among rival prompts.
+"""Image-text alignment under a CLIP or SigLIP model, differentiable in the picture: cosine, or certainty among rivals.
 
-Preprocessing is done in torch: a pass through PIL or 8-bit integers would cut the gradient.
-Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); CLIP, arXiv 2103.00020.
+Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); CLIP, arXiv 2103.00020; SigLIP, arXiv
+2303.15343; SigLIP 2, arXiv 2502.14786 (its models of fixed size).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from tropism.core import Batch, UserError
 from tropism.rewards.frozen import Frozen, at_least_float32
+from tropism.rewards.pixels import MEAN, STD, Preparation, published
+from tropism.rewards.sources import About, configuration, pretrained, tokenizer_of
 from tropism.worlds import shapes, weights
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
@@ -27,30 +26,37 @@ def clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = MEAN, std: 
 
     (B, 3, H, W) in [0, 1] -> (B, 3, size, size). Differentiable; within two grey levels of PIL, which rounds to 8 bits.
     """
-    height, width = images.shape[-2:]
-    short = min(height, width)
-    if short != size:
-        # Two passes, clamped after each as in PIL: bicubic overshoots at edges, and CLIP has never seen that.
-        for to in ((height, size * width // short), (size * height // short, size * width // short)):
-            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = ((n - size) // 2 for n in images.shape[-2:])
-    images = images[..., top : top + size, left : left + size]
-    return (images - images.new_tensor(mean).reshape(3, 1, 1)) / images.new_tensor(std).reshape(3, 1, 1)
+    return Preparation((size,), (size, size), mean=mean, std=std)(images)
+
+
+def usual_preparation(config: Any) -> Preparation:
+    """What a model of this configuration sees if no file says otherwise: SigLIP squashes to a square, CLIP crops."""
+    size = config.vision_config.image_size
+    if config.model_type == "siglip":
+        return Preparation((size, size), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return Preparation((size,), (size, size))
 
 
 class Clip:
-    """A frozen CLIPModel with its tokenizer: unit embeddings of pictures and of prompts. `width` is their length."""
+    """A frozen CLIPModel or SiglipModel with its tokenizer: unit embeddings of pictures and of prompts.
 
-    def __init__(self, model: Any, tokenizer: Any, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD):
-        self.frozen, self.tokenizer, self.mean, self.std = Frozen(model), tokenizer, mean, std
+    `width` is their length, `size` the side in pixels that the model sees, `longest` the tokens that it reads.
+    prepare: pictures (B, 3, H, W) in [0, 1] -> (B, 3, size, size); by default what the model's family does.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prepare: Callable[[Tensor], Tensor] | None = None):
+        self.frozen, self.tokenizer = Frozen(model), tokenizer
+        self.prepare = prepare or usual_preparation(model.config)
+        self.sigmoid = model.config.model_type == "siglip"
+        text = model.config.text_config
         self.size: int = model.config.vision_config.image_size
-        self.width: int = model.config.projection_dim
-        self.longest: int = model.config.text_config.max_position_embeddings
+        self.width: int = text.projection_size if self.sigmoid else model.config.projection_dim
+        self.longest: int = text.max_position_embeddings
         self._texts: dict[tuple, Tensor] = {}
 
     def images(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> unit embeddings (B, width), differentiable."""
-        pixels = clip_pixels(images.to(at_least_float32(images)), self.size, self.mean, self.std)
+        pixels = self.prepare(images.to(at_least_float32(images)))
         return F.normalize(pooled(self.frozen.like(images).get_image_features(pixel_values=pixels)), dim=-1)
 
     def texts(self, prompts: list[str], like: Tensor) -> Tensor:
@@ -71,15 +77,20 @@ class Clip:
         return self._texts[key]
 
     def tokens(self, prompt: str) -> dict[str, Tensor]:
-        """input_ids and attention_mask (1, length) of one prompt. Raises UserError above what this CLIP reads."""
-        tokens = self.tokenizer([prompt], return_tensors="pt")
+        """input_ids (1, length) of one prompt, for CLIP with its mask. Raises UserError above what this model reads."""
+        if self.sigmoid:  # trained on lower case, padded to full length, the padding seen: the last place is pooled
+            tokens = self.tokenizer(
+                [prompt.lower()], padding="max_length", max_length=self.longest, return_tensors="pt"
+            )
+        else:
+            tokens = self.tokenizer([prompt], return_tensors="pt")
         length = tokens["input_ids"].shape[1]
         if length > self.longest:
             raise UserError(
                 f"The prompt {prompt[:60]!r}... has {length} tokens; this CLIP reads {self.longest} and "
                 "would ignore the rest. Shorten the prompt."
             )
-        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return {name: tokens[name] for name in (("input_ids",) if self.sigmoid else ("input_ids", "attention_mask"))}
 
 
 def pooled(features: Any) -> Tensor:
@@ -102,8 +113,15 @@ class ClipScore:
 
     differentiable = True
 
-    def __init__(self, clip: Clip, name: str = "clip", contrast: Contrast | None = None, scale: float = 100.0):
-        self.clip, self.name, self.contrast, self.scale = clip, name, contrast, scale
+    def __init__(
+        self,
+        clip: Clip,
+        name: str = "clip",
+        contrast: Contrast | None = None,
+        scale: float = 100.0,
+        about: About | None = None,
+    ):
+        self.clip, self.name, self.contrast, self.scale, self.about = clip, name, contrast, scale, about
 
     def check_prompts(self, prompts: list[str]) -> None:
         """Raises UserError for a prompt that is too long or has no contrast, before anything is drawn."""
@@ -125,37 +143,29 @@ class ClipScore:
         return -F.softplus(torch.stack(rivals) - self.scale * cosine).sum()
 
 
+WHAT, EXAMPLE = "CLIP model", "openai/clip-vit-base-patch32"
+
+
 @lru_cache(maxsize=2)
-def load_clip(source: str) -> Clip:
-    """The CLIP of a transformers folder or hub id, in float32. Raises UserError where none can be read."""
-    from transformers import AutoTokenizer, CLIPModel  # slow to import, and most rewards do without
+def load_clip(source: str, tokenizer: str = "") -> Clip:
+    """The CLIP or SigLIP of a transformers folder or hub id, in float32, prepared for as its own files say.
 
-    try:
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{source}' holds no CLIP model with a tokenizer: {str(error).splitlines()[0]} "
-            "Give a folder saved by transformers' CLIPModel, or a hub id such as "
-            "openai/clip-vit-base-patch32."
-        ) from error
-    return Clip(model, tokenizer, *_normalisation(source))
+    tokenizer: the folder or hub id of the tokenizer, if it is not `source`. Raises UserError where none can be read, and
+    for SigLIP 2's NaFlex models, which see pictures as patches of any number.
+    """
+    from transformers import CLIPModel, SiglipModel  # slow to import, and most rewards do without
 
-
-def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std from the folder's preprocessor file; OpenAI's where it has none."""
-    from transformers.image_processing_utils import BaseImageProcessor
-
-    try:
-        settings, _ = BaseImageProcessor.get_image_processor_dict(source)
-    except OSError:
-        settings = {}
-    return tuple(settings.get("image_mean", MEAN)), tuple(settings.get("image_std", STD))
+    config = configuration(source, ("clip", "siglip"), WHAT, EXAMPLE)
+    model = pretrained(SiglipModel if config.model_type == "siglip" else CLIPModel, source, WHAT, EXAMPLE)
+    words = tokenizer_of(tokenizer or source, WHAT, EXAMPLE)
+    return Clip(model, words, published(source, usual_preparation(config)))
 
 
 def clip_score(source: str) -> ClipScore:
-    """The reward `clip:SOURCE` of a transformers folder or hub id."""
-    return ClipScore(load_clip(source), f"clip:{source}")
+    """The reward `clip:SOURCE` of a transformers folder or hub id of a CLIP or SigLIP model."""
+    clip = load_clip(source)
+    about = About((-1.0, 1.0), clip.size, "that of the model given", source)
+    return ClipScore(clip, f"clip:{source}", about=about)
 
 
 def _neighbours(prompt: str) -> list[list[str]]:

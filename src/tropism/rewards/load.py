@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
 from tropism import plugin
 from tropism.core import Reward, UserError, is_differentiable, name_of
-from tropism.rewards import aesthetic, chemistry, clip, count, docking, genome, jpeg, spelled
+from tropism.rewards import (
+    aesthetic,
+    chemistry,
+    clip,
+    count,
+    docking,
+    features,
+    genome,
+    hps,
+    imagereward,
+    jpeg,
+    objects,
+    pickscore,
+    spelled,
+    vqa,
+)
 from tropism.rewards.bridge import bridge
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
@@ -33,16 +48,28 @@ BUILT_IN = {
     "logp-window": chemistry.logp_window,
     "pharmacophore": chemistry.pharmacophore,
 }
+# "NAME" with its published weights, or "NAME:SOURCE" with those of a file, a folder or a hub id.
+CATALOGUE: dict[str, Callable[..., Reward]] = {
+    "aesthetic": aesthetic.laion_aesthetic,
+    "clip": clip.clip_score,
+    "pickscore": pickscore.pick_score,
+    "hps": hps.human_preference,
+    "imagereward": imagereward.image_reward,
+    "count": objects.object_count,
+    "objects": objects.object_presence,
+    "features": features.feature_similarity,
+    "vqa": vqa.vqa_score,
+}
 _FORMS = (
-    "clip:FOLDER or clip:HUB-ID, dock:COMMAND, http://HOST:PORT, old:file.py:function, bridge:MODULE:ATTRIBUTE, "
-    "file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
+    "clip:SOURCE (a folder or hub id), hps:v2, hps:v2.1, dock:COMMAND, http://HOST:PORT, old:file.py:function, "
+    "bridge:MODULE:ATTRIBUTE, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
 )
 _URL = ("http://", "https://")
 _WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
 
 
 def load_reward(text: str) -> Reward:
-    """The reward of "NAME" or "NAME=WEIGHT"; NAME is built in, "clip:FOLDER", "clip:HUB-ID" or "file.py:function".
+    """The reward of "NAME" or "NAME=WEIGHT"; NAME is built in, of the catalogue, "clip:SOURCE" or "file.py:function".
 
     Raises UserError for an unknown name or a weight that is not a number.
     """
@@ -81,8 +108,9 @@ def _named(name: str) -> Reward:
         return spelled.read(name, _named, split)
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    if name.startswith("clip:"):
-        return clip.clip_score(name.removeprefix("clip:"))
+    kind, colon, source = name.partition(":")
+    if kind in CATALOGUE and ".py:" not in name:
+        return _of_catalogue(kind, source if colon else None)
     if name.startswith("dock:"):
         return docking.Docking(name.removeprefix("dock:"))
     if name.startswith(_URL):
@@ -94,9 +122,20 @@ def _named(name: str) -> Reward:
         return old_form(place, as_bytes=form == "old-uint8")
     if ".py:" in name:
         return _users(name)
-    near = get_close_matches(name, BUILT_IN, n=1)
+    known = [*BUILT_IN, *CATALOGUE]
+    near = get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
-    raise UserError(f"There is no reward '{name}'. {hint}Known are {', '.join(BUILT_IN)}, {_FORMS}.")
+    raise UserError(f"There is no reward '{name}'. {hint}Known are {', '.join(known)}, {_FORMS}.")
+
+
+def _of_catalogue(kind: str, source: str | None) -> Reward:
+    function = CATALOGUE[kind]
+    (first, *_) = inspect.signature(function).parameters.values()
+    if source:
+        return function(source)
+    if source is None and first.default is not inspect.Parameter.empty:
+        return function()
+    raise UserError(f"--reward {kind} needs to know whose weights. Give {kind}:FOLDER or {kind}:HUB-ID.")
 
 
 def _users(place: str) -> Reward:
