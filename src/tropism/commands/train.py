@@ -146,19 +146,8 @@ def align(
         judge = Judge(Path(out), asked.model, asked.reward, asked.held, *asked.sampling(), seed, batch, identity)
         if resume:
             judge.check_begun()
-        products = Products(
-            Path(out),
-            method,
-            asked.model,
-            str(model),
-            asked.reward,
-            asked.train,
-            seed,
-            command,
-            config,
-            recorder,
-            judge,
-        )
+        of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)
+        products = Products(Path(out), method, *of_run)
         result = fit(
             step,
             asked.model.trainable(),
