@@ -16,7 +16,7 @@ demo: $(BIN)/.made
 	$(BIN)/tropism demo --overwrite
 
 test: $(BIN)/.made
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(BIN)/.made
 	$(BIN)/python -m pip install -q ruff==0.14.0 pyright==1.1.406

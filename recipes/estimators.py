@@ -24,7 +24,7 @@ from tropism.align.ddpo import ddpo
 from tropism.align.draft import draft_lv
 from tropism.align.drtune import drtune
 from tropism.align.refl import refl
-from tropism.core import Batch
+from tropism.core import Batch, count_rows
 from tropism.core import kernel as default_kernel
 from tropism.process.gaussian import VP
 from tropism.worlds.mixture import Law, MixtureModel, Quadratic
@@ -59,9 +59,11 @@ class Shifted(MixtureModel):
         self.theta = nn.Parameter(torch.zeros(STEPS, dtype=torch.float64))
 
     def predict(self, x_t, t, cond, guidance):
-        clean = super().predict(x_t, t, cond, guidance)
-        eps = (x_t - self.process.alpha(t) * clean) / self.process.sigma(t)
-        return eps + self.theta[STEPS - 1 - int(t)]
+        weights, means, _ = self.law.posterior(x_t, self.process.alpha(t) ** 2)
+        clean = (weights[..., None] * means).sum(1)
+        out = (x_t - self.process.alpha(t) * clean) / self.process.sigma(t) + self.theta[STEPS - 1 - int(t)]
+        count_rows(self.calls, out, len(x_t))
+        return out
 
     def x0(self, x_t, out, t):
         return self.process.x0(x_t, out, t, "epsilon")

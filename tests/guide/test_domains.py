@@ -27,7 +27,9 @@ DOMAINS = {
 }
 
 
-@pytest.mark.parametrize("name", ["utr", *(pytest.param(n, marks=pytest.mark.slow) for n in list(DOMAINS)[1:])])
+@pytest.mark.parametrize(
+    "name", ["utr", *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]) for n in list(DOMAINS)[1:])]
+)
 def test_more_children_are_no_worse(name):
     """Medians on paired seeds, with a tenth of the whole gain as tolerance."""
     reward, n, prompts, steps = DOMAINS[name]

@@ -28,9 +28,16 @@ CLEAN = MODEL.states[MODEL.clean]
 TILTED, LOG_Z = MODEL.tilted(forbidding(-torch.inf)(CLEAN), ALPHA, STEPS)
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("mode", ["argmax", "sample"])
-@pytest.mark.parametrize(("method", "more"), [(smc, {"threshold": 0.5}), (smc, {"threshold": 0.9}), (nested, {"m": 3})])
+@pytest.mark.parametrize(
+    ("method", "more", "mode", "bad"),
+    [
+        (smc, {"threshold": 0.5}, "argmax", "NaN"),
+        (smc, {"threshold": 0.9}, "argmax", "-inf"),
+        (smc, {"threshold": 0.5}, "sample", "-inf"),
+        (nested, {"m": 3}, "argmax", "-inf"),
+        (nested, {"m": 3}, "sample", "NaN"),
+    ],
+)
 def test_weights_still_lead_to_the_tilted_law(method, more, mode, bad):
     """Early values of -inf (the likeliest completion is forbidden) must not bury what can still end well."""
     how = {"alpha": ALPHA, "value": posterior_mean(mode), **more, **RUN}
