@@ -165,3 +165,11 @@ def test_a_prompt_cannot_leave_its_string_in_the_card():
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "import os" not in [line.strip() for line in code.splitlines()]
     compile(code, "card", "exec")
+
+
+def test_how_the_parts_agree_is_told():
+    measured = lambda update, cosine: {"update": update, "part_norm/a": 2.0, "part_norm/b": 1.0, "cosine/a|b": cosine}
+    found = report.agreement([{"update": 0}, measured(1, 0.5), {"update": 2}, measured(11, -0.3)])
+    assert (found["first"], found["last"]) == (1, 11)
+    assert found["rows"][-1] == ("cosine of a and b", 0.5, -0.3)
+    assert report.agreement([{"update": 1}]) is None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,21 @@ def html(out: Path, run: Finished) -> str:
             config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
             environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
             updates=_updates(run.lines),
+            agreement=agreement(run.lines),
         )
     )
+
+
+def agreement(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Norms and cosines of the parts' gradients as first and last measured; None for a reward of one part."""
+    measured = [line for line in lines if any(name.startswith("cosine/") for name in line)]
+    if not measured:
+        return None
+    first, last = measured[0], measured[-1]
+    names = [name for name in first if name.startswith(("part_norm/", "cosine/"))]
+    told = lambda name: name.replace("part_norm/", "norm of ").replace("cosine/", "cosine of ").replace("|", " and ")
+    table = [(told(name), first[name], last.get(name)) for name in names]
+    return {"first": first["update"], "last": last["update"], "rows": table}
 
 
 def _updates(lines: Sequence[dict]) -> int:
