@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "tropism"
 ORDER = [
     {"noise", "answers"},
-    {"core", "plugin"},
+    {"core", "plugin", "quiet"},
     {"process"},
     {"worlds"},
     {"models", "rewards", "prompts"},

@@ -56,7 +56,8 @@ def test_the_scales_are_the_base_models():
     torch.testing.assert_close(gradient, plain)
     expected = (info.columns["small"] - means["small"]) / spreads["small"]
     expected = expected - 0.5 * (info.columns["large"] - means["large"]) / spreads["large"]
-    torch.testing.assert_close(info.columns["reward"], expected)
+    torch.testing.assert_close(info.columns["reward_normalised"], expected)
+    torch.testing.assert_close(info.columns["reward"], info.columns["small"] - 0.5 * info.columns["large"])
 
 
 def test_later_updates_keep_them_or_follow_the_samples():

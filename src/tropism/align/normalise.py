@@ -75,10 +75,22 @@ class Scaled:
                 break
             following = self._followed(scales, info)
             info.scalars |= {f"scale/{name}": spread for name, (_, spread) in scales.items()}
+            if self.kind != "none":
+                info.columns = self._as_given(info.columns, update)
             yield loss, info
         return {"scales": following, "own": own}
 
-    def _at(self, update: int, scales: Mapping[str, list[float]]) -> Reward:
+    def _as_given(self, columns: dict[str, Tensor], update: int) -> dict[str, Tensor]:
+        """The columns with "reward" in the user's own units, as evaluations have it, and "reward_normalised" beside it."""
+        now = self._at(update, {})
+        raw = now.join([columns[n].nan_to_num(nan=0.0) for n in now.names], [w for _, w in now.terms])
+        return {
+            "reward": raw,
+            "reward_normalised": columns["reward"],
+            **{n: columns[n] for n in columns if n != "reward"},
+        }
+
+    def _at(self, update: int, scales: Mapping[str, list[float]]) -> Any:
         """The reward of an update: its scales, and its weights on their way."""
         done = update / max(1, self.updates - 1)
         named = zip(self.reward.names, self.reward.terms, strict=True)

@@ -22,6 +22,7 @@ from tropism.models.lora import LoraSettings
 from tropism.models.size import latent_size
 from tropism.models.text import Text, TextCond, Texts
 from tropism.process.gaussian import VP, Flow
+from tropism.quiet import quiet
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -139,7 +140,7 @@ class Latent:
         held = [(m.weight, m.weight.dtype) for m in adapted if m.weight.is_floating_point()]
         for weight, _ in held:  # the adapter takes its base's dtype, and shall be as wide as the one in memory
             weight.data = weight.data.to(wide(self.dtype))
-        with pipeline.quiet():
+        with quiet():
             pipe.load_lora_weights(str(folder))
         for weight, dtype in held:
             weight.data = weight.data.to(dtype)

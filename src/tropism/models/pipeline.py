@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from tropism.core import UserError
+from tropism.quiet import quiet
 
 NEVER = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no chain needs."""
@@ -22,30 +21,6 @@ LIBRARIES = ("diffusers", "transformers")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 QUANTISED = {"8bit": "torchao", "4bit": "bitsandbytes"}
 """Bits of the frozen denoiser's weights, and the library that holds them so."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars for local files (a download still shows its own), and no warnings: what matters is said in an error."""
-    import diffusers.utils.logging as first
-    import huggingface_hub.utils.logging as third
-    import transformers.utils.logging as second
-
-    bars = [module for module in (first, second) if module.is_progress_bar_enabled()]
-    levels = [(module, module.get_verbosity()) for module in (first, second, third)]
-    try:
-        for module in bars:
-            module.disable_progress_bar()
-        for module, _ in levels:
-            module.set_verbosity(module.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        for module in bars:
-            module.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------- what is there

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import UserError
-from tropism.models.pipeline import quiet
+from tropism.quiet import quiet
 
 Text = dict[str, Tensor]
 """What a network reads of one prompt, (1, ...) by name, or of B prompts, (B, ...)."""

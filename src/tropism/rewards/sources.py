@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism.core import UserError
+from tropism.quiet import quiet
 
 NOT_CONFIRMED = "not confirmed"
 OFFLINE = "A hub id needs a network the first time; a folder does not."
@@ -41,7 +42,8 @@ def configuration(source: str, kinds: tuple[str, ...], what: str, example: str) 
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(source)
+        with quiet():
+            found = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise unreadable(source, what, error, example) from error
     if found.model_type not in kinds:
@@ -58,7 +60,8 @@ def pretrained(kind: Any, source: str, what: str, example: str) -> Any:
     transformers fills missing weights with random numbers and a warning; a judge with random weights is refused here.
     """
     try:
-        model, report = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with quiet():
+            model, report = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise unreadable(source, what, error, example) from error
     missing = sorted(report["missing_keys"])
@@ -75,7 +78,8 @@ def tokenizer_of(source: str, what: str, example: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        words = AutoTokenizer.from_pretrained(source)
+        with quiet():
+            words = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         raise unreadable(source, f"{what} with a tokenizer", error, example) from error
     if set(words.get_vocab()) <= set(words.all_special_tokens):  # what transformers makes of a folder without one

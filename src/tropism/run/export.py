@@ -24,6 +24,7 @@ from tropism.models import kohya, lora, pipeline
 from tropism.models.latent import Latent
 from tropism.models.load import BUNDLED, family_of, load_model
 from tropism.models.lora import LoraSettings
+from tropism.quiet import quiet
 from tropism.run.checks import finite_numbers, known, set_up
 from tropism.worlds import weights
 
@@ -161,7 +162,7 @@ def _source(model: Any, folder: Path) -> str:
 def _skeleton(source: str) -> tuple[type[Latent], nn.Module]:
     """The family that reads a base, and its denoiser without any weights: names and shapes."""
     family, index = family_of(source), pipeline.index_of(source)
-    with pipeline.quiet():
+    with quiet():
         import diffusers
 
         kind = getattr(diffusers, index[family.part][1])
@@ -223,7 +224,7 @@ def _fused(adapter: _Adapter, out: Path, strength: float) -> float:
     expected = _pictures(model)
     kind, precision = model.pipeline, adapter.options["dtype"]
     del model  # two of them may not fit
-    with pipeline.quiet():
+    with quiet():
         try:
             index = pipeline.index_of(adapter.source)
             absent = dict.fromkeys(k for k, v in index.items() if isinstance(v, list | tuple) and v[1] is None)
