@@ -500,7 +500,7 @@ def test_poor_roll_outs(tmp_path):
     half = lambda tokens, batch: torch.where(tokens[:, 0] == 0, 1.0, -torch.inf)
     with pytest.raises(UserError, match="same reward"):
         commands.guide("svdd", reward=half, out=tmp_path / "a", **base)
-    with pytest.raises(UserError, match="infinite or NaN"):
+    with pytest.raises(UserError, match=r"\+inf for"):
         commands.guide("svdd", reward=lambda t, b: torch.full((len(t),), torch.inf), out=tmp_path / "b", **base)
 
 
