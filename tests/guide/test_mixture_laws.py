@@ -143,12 +143,12 @@ def test_smc_at_alpha_0_is_svdd():
 def test_twisted_is_consistent_and_dps_is_not():
     """On the chain that DDIM runs, held against its own weighted draws."""
     model = MixtureModel(LAW, exact=False)
-    base = svdd(model, CENTRE, Batch(["x"] * 2), 40_000, m=1, select_start=False, **RUN)
+    base = svdd(model, CENTRE, Batch(["x"] * 2), 20_000, m=1, select_start=False, **RUN)
     weights = (base.rewards / ALPHA).softmax(0)
     mean = (weights * base.samples[:, 0]).sum().item()
-    found = twisted(model, CENTRE, ONE, 20_000, alpha=ALPHA, max_batch=10**6, steps=10)
+    found = twisted(model, CENTRE, ONE, 10_000, alpha=ALPHA, max_batch=10**6, steps=10)
     assert found.samples.mean().item() == pytest.approx(mean, abs=0.03)
-    assert found.costs.backward == found.costs.network == 10 * 20_000
+    assert found.costs.backward == found.costs.network == 10 * 10_000
     moved = dps(model, CENTRE, ONE, 5000, scale=2.0, max_batch=10**6, steps=10)
     assert moved.rewards.mean() > base.rewards.mean()
     assert abs(moved.samples.mean().item() - mean) > 0.05
