@@ -344,6 +344,9 @@ def test_token_measures():
     by_hand = sum((a != b).double().mean().item() for i, a in enumerate(pairs) for b in pairs[i + 1 :]) / 3
     assert guided_tokens.diversity(pairs) == pytest.approx(by_hand)
     assert guided_tokens.likeness(mixed, mixed) == pytest.approx(1)
+    plain = torch.randint(4, (40, 30), generator=torch.Generator().manual_seed(0))
+    (_, before, after), *_ = guided_tokens.of_sets("utr", plain, plain)
+    assert before == after < 0.9, "samples are held against other ones, not against themselves"
 
 
 def test_letters_that_must_stay(tmp_path):
