@@ -6,7 +6,7 @@ A run: AlignProp on the exact denoiser of four Gaussians in the plane plus a sma
 updates on 64. gold: nearness to a place. Trained: gold with an error of its own (random waves, a tenth of gold's range) and, if planted, a
 shortcut: a narrow corridor out of the good place along which the reward rises threefold, found late. Held out: gold with another error.
 Waves, place and corridor are drawn from the seed.
-Counted: planted runs whose chosen update has a gold score within 10 % of the best gain, and healthy runs with an alarm.
+Counted: planted runs whose chosen update has a gold score within 10 % of the best, and healthy runs with an alarm.
 """
 
 import argparse
@@ -107,12 +107,11 @@ def run(seed: int, planted: bool) -> tuple[list[Seen], list[float]]:
 
 
 def judged(seen: list[Seen], golds: list[float]) -> tuple[bool, int, float, float]:
-    """(alarm, chosen update, share of the best gain it has, share that the last update has)."""
+    """(alarm, chosen update, its share of the best gold score, the last update's share)."""
     stopped = next((i for i in range(2, len(seen) + 1) if assess(seen[:i]).alarm), None)
     found = assess(seen[: stopped or len(seen)])
     chosen = found.best if stopped else seen[-1].update
-    gain = max(golds) - golds[0]
-    share = lambda update: (golds[update // EVERY] - golds[0]) / gain
+    share = lambda update: golds[update // EVERY] / max(golds)
     return stopped is not None, chosen, share(chosen), share(seen[-1].update)
 
 
@@ -138,7 +137,7 @@ def main() -> None:
     within = sum(r[4] >= 0.9 for r in planted)
     spoilt = sum(r[5] < 0.9 for r in planted)
     print(
-        f"planted: {within} of {len(planted)} end within 10 % of the best gold gain ({spoilt} would not without the sentinel)"
+        f"planted: {within} of {len(planted)} end within 10 % of the best gold score ({spoilt} would not without the sentinel)"
     )
     print(f"healthy: {sum(r[2] for r in healthy)} alarms in {len(healthy)}")
 
