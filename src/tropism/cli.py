@@ -253,6 +253,39 @@ def compare(
 
 
 @app.command()
+def dial(
+    runs: Annotated[list[str], typer.Argument(help="A run folder of align, or two of one base model to mix.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the page.")],
+    at: Annotated[
+        list[float],
+        typer.Option(
+            help="A strength, or weight of the second adapter, to draw; repeatable (default: 0, 0.25, ... 1.5)."
+        ),
+    ] = [],  # noqa: B006 typer copies it
+    pictures: Annotated[int, typer.Option(help="Held-out prompts drawn at each setting.")] = 16,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Draw only the 15 pictures that the prediction needs.")
+    ] = False,
+    phases: Annotated[bool, typer.Option("--phases", help="Also vary each third of the chain alone.")] = False,
+    check: Annotated[int, typer.Option(help="Fresh pictures a setting to hold the prediction against.")] = 0,
+    keep: Annotated[
+        float, typer.Option(help="Share of the base's diversity that the recommended setting keeps.")
+    ] = 0.9,
+    reward: Annotated[list[str], typer.Option(help="The run's reward, where it was made in Python.")] = [],  # noqa: B006
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
+    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
+    dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
+    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
+) -> None:
+    """Turn an adapter from 0 to 1.5, or mix two: pictures on a slider, reward against diversity, a setting to use."""
+    from tropism import commands
+
+    how = {"reward": reward, "overwrite": overwrite, "device": device, "dtype": dtype, "threads": threads}
+    sweep = {"at": at, "pictures": pictures, "quick": quick, "phases": phases, "check": check, "keep": keep}
+    commands.dial(runs, out=out, command=_command_line(), **sweep, **how)
+
+
+@app.command()
 def serve(
     reward: Annotated[list[str], typer.Option(help=HELP["reward"])],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for other machines too.")] = "127.0.0.1",

@@ -2,6 +2,7 @@
 
 from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
+from tropism.commands.dial import dial
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
 from tropism.commands.serve import serve
@@ -17,6 +18,7 @@ __all__ = [
     "align",
     "compare",
     "demo",
+    "dial",
     "distil",
     "doctor",
     "export",

@@ -47,7 +47,7 @@ def compare(
     first = finished_run(guided[0])
     if not first.has_plain:
         raise UserError(f"{guided[0]} has no plain samples to compare with. Guide again with --pool 1 or more.")
-    trained = {run: _config(run) for run in runs if run not in guided}
+    trained = {run: config_of(run) for run in runs if run not in guided}
     for run, config in trained.items():
         if config["model"] != first.config["model"]:
             raise UserError(f"{run} trained {config['model']}, but {guided[0]} guided {first.config['model']}.")
@@ -62,9 +62,9 @@ def compare(
                 entries.append(compared.guided(names[run], others[run]))
                 continue
             recorder.say(f"Drawing with {run} ...")
-            model = _trained(Path(run), trained[run], place, precision)
+            model = trained_model(Path(run), trained[run], place, precision)
             folder = Path(out) / "samples" / f"run-{number}"
-            pieces = redrawn(model, first, first.reward(), *_deployed(trained[run]), folder)
+            pieces = redrawn(model, first, first.reward(), *deployed(trained[run]), folder)
             spent = _spent(Path(run), trained[run])
             entries.append(compared.trained(names[run], trained[run]["method"], pieces, *spent))
         page = compared.write(Path(out), first, entries, command, recorder.environment)
@@ -87,7 +87,8 @@ def _names(runs: Sequence[str]) -> dict[str, str]:
     return {r: r if last.count(n) == 1 else f"{Path(r).parent.name} {n}" for r, n in zip(runs, last, strict=True)}
 
 
-def _config(run: str | Path) -> dict[str, Any]:
+def config_of(run: str | Path) -> dict[str, Any]:
+    """The settings of a run. Raises UserError for a folder without."""
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml.")
@@ -95,7 +96,7 @@ def _config(run: str | Path) -> dict[str, Any]:
 
 
 def _is_trained(run: str | Path) -> bool:
-    return "updates" in _config(run)
+    return "updates" in config_of(run)
 
 
 def _same(first: Kept, name: str, run: str) -> Kept:
@@ -110,21 +111,21 @@ def _same(first: Kept, name: str, run: str) -> Kept:
     return other
 
 
-def _deployed(config: dict[str, Any]) -> tuple[int, float]:
-    """Steps and guidance a trained model is drawn with."""
+def deployed(config: dict[str, Any]) -> tuple[int, float]:
+    """Steps and guidance that a trained model is drawn with."""
     steps, guidance = config.get("evaluate_steps"), config.get("evaluate_guidance")
     own = config["options"]
     return own["steps"] if steps is None else steps, own["guidance"] if guidance is None else guidance
 
 
-def _trained(run: Path, config: dict[str, Any], device: Any, dtype: Any) -> Model:
+def trained_model(run: Path, config: dict[str, Any], device: Any, dtype: Any) -> Model:
     """The model with what the run trained. Raises UserError where that is no adapter and no model of tokens."""
-    source = config if config["method"] != "distil" else {**_config(run / config["run"]), **config}
+    source = config if config["method"] != "distil" else {**config_of(run / config["run"]), **config}
     if is_of_tokens(source["model"]) and (file := run / "weights" / "model.safetensors").is_file():
         return load_model(file, device=device, dtype=dtype)
     if not (run / "lora").is_dir():
         raise UserError(
-            f"{run} has no adapter in lora/, so its model cannot be drawn from here. Compare runs that trained a LoRA."
+            f"{run} has no adapter in lora/, so its model cannot be drawn from here. Name runs that trained a LoRA."
         )
     adapter = LoraSettings(source["rank"], source["alpha"], tuple(source["targets"]), source["seed"])
     own = {n: source[n] for n in ("eta", "height", "width", "quantize", "t5")}
@@ -132,7 +133,7 @@ def _trained(run: Path, config: dict[str, Any], device: Any, dtype: Any) -> Mode
         source["model"], device=device, dtype=dtype, lora=adapter, scheduler=overrides(source["scheduler"]), **own
     )
     if not isinstance(model, Latent):
-        raise UserError(f"{source['model']} is a class of yours; only pipelines can be compared after training.")
+        raise UserError(f"{source['model']} is a class of yours; only pipelines can be drawn with their adapters.")
     lora.load(model, run / "lora")
     return cast(Model, model)
 

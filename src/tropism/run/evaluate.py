@@ -60,12 +60,14 @@ def evaluate(
     measures: Mapping[str, Measure] | None = None,
     batch_size: int = 16,
     base: Tensor | None = None,
+    index: Sequence[int] | None = None,
 ) -> Evaluation:
     """Draw `per_prompt` pictures of every prompt and measure them; one seed gives one noise for any batch size.
 
     prompts: texts, or a Batch where negative prompts, metadata or references go with them.
     base: the base model's pictures of the same call (B, 3, H, W); adds the column "drift", the mean squared difference
-    of each picture to its twin. Raises UserError for no prompts or a reward of the wrong shape.
+    of each picture to its twin. index: the number that keys each picture's noise, default its place; so some of a larger call's
+    pictures can be drawn again. Raises UserError for no prompts or a reward of the wrong shape.
     """
     if not prompts:
         raise UserError(
@@ -73,13 +75,14 @@ def evaluate(
         )
     asked = prompts if isinstance(prompts, Batch) else Batch(list(prompts))
     repeated = [i for i in range(len(asked)) for _ in range(per_prompt)]
-    batch = replace(asked[repeated], index=tuple(range(len(repeated))), rows=(), parent=None)
+    keys = tuple(range(len(repeated)) if index is None else index)
+    batch = replace(asked[repeated], index=keys, rows=(), parent=None)
     images, columns = [], []
     for at in range(0, len(batch), batch_size):
         piece = batch[at : at + batch_size]
         drawn = sample(model, piece, Draw(seed, UPDATE, piece.index), steps=steps, guidance=guidance)
         images.append(drawn.float().cpu())
-        columns.append(_measured(drawn, piece, reward, measures or {}))
+        columns.append(columns_of(drawn, piece, reward, measures or {}))
     pictures = torch.cat(images)
     joined = {n: torch.cat([c[n] for c in columns]) for n in columns[0]}
     if base is not None:
@@ -87,7 +90,8 @@ def evaluate(
     return Evaluation(pictures, joined, list(batch.prompts), diversity(pictures, per_prompt))
 
 
-def _measured(images: Tensor, batch: Batch, reward: Reward, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+def columns_of(images: Tensor, batch: Batch, reward: Reward, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+    """What is measured on pictures (B, 3, H, W): "reward", its parts and every measure, each (B,) float32 on the CPU."""
     total, parts = scored_parts(reward, images, batch)
     columns = {"reward": total, **parts}
     for name, measure in measures.items():

@@ -124,24 +124,28 @@ class Judge:
     def __call__(self, update: int) -> dict[str, float]:
         if update == 0:
             self._before = self._after = self.measure()
-            self._keep(self._before)
+            self._keep(self._before, self.file)
         else:
             self._after = self.measure(base=self.before.images)
         return self._after.numbers()
 
-    def _keep(self, found: Evaluation):
+    def keep_after(self) -> None:
+        """The newest pictures as after.safetensors beside those before training; the dial reads both."""
+        self._keep(self.after, self.file.with_name("after.safetensors"))
+
+    def _keep(self, found: Evaluation, file: Path):
         if not is_main():
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "images": found.images.contiguous(),
             **{f"column/{k}": v.contiguous() for k, v in found.columns.items()},
         }
         if found.diversity is not None:
             tensors["diversity"] = torch.tensor(found.diversity, dtype=torch.float64)
-        temporary = self.file.with_suffix(".tmp")
+        temporary = file.with_suffix(".tmp")
         save_file(tensors, temporary, metadata=self.identity)
-        temporary.replace(self.file)
+        temporary.replace(file)
 
 
 @dataclass
@@ -165,6 +169,7 @@ class Products:
         if not is_main():
             return
         before, after = self.judge.before, self.judge.after
+        self.judge.keep_after()
         if isinstance(getattr(self.model, "lora", None), LoraSettings):
             model = cast(Latent, self.model)
             lora.save(model, self.out / "lora")

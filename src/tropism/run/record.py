@@ -56,6 +56,8 @@ PRODUCTS = (
     "value.safetensors",
     "side_by_side.png",
     "compare.csv",
+    "dial.csv",
+    "dial.png",
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
