@@ -2,10 +2,11 @@
 
     python recipes/dial.py --out docs/results/dial --runs runs/dial        about an hour on one core; resumable
 
-Three short AlignProp runs a seed on the shapes model: jpeg, shapes-count, shapes-aesthetic. The prediction sees 15 probe pictures (5 at
-each of three settings) of the run's own held-out pictures, and these before and after training: all 195 prompts, as the recipes of
-this folder evaluate their runs, or the 32 of a run with the default settings. Measured on 200 fresh pictures of the held-out prompts with
-other noise, the same at every setting. Errors are mean absolute errors over the settings in per cent of the measured range.
+Three short AlignProp runs a seed on the shapes model: jpeg, shapes-count, shapes-aesthetic. The prediction sees 16 probe pictures at
+three settings, and the run's own held-out pictures before and after training: all 195 prompts, as the recipes of this folder evaluate
+their runs, or the 32 of a run with the default settings; and, for comparison, 16 probe pictures at each of the three. Measured on 200
+fresh pictures of the held-out prompts with other noise, the same at every setting. Errors are mean absolute errors over the settings in
+per cent of the measured range.
 """
 
 import argparse
@@ -30,8 +31,8 @@ REWARDS = {"jpeg": "jpeg", "count": "shapes-count", "aesthetic": "shapes-aesthet
 UPDATES, N = 12, 200
 AT = (0.0, 0.25, 0.75, 1.0, 1.5)
 PAIR = ("jpeg", "count")
-PROBED = ((len(HELD_OUT), dial.FEW), (32, dial.FEW), (len(HELD_OUT), 16))
-"""How many of its own pictures before and after training a run has kept, and pictures a probe."""
+PROBED = ((len(HELD_OUT), 16), (32, 16), (len(HELD_OUT), 48))
+"""How many of its own pictures before and after training a run has kept, and probe pictures in all: 48 are 16 at each of three."""
 FRESH = (HELD_OUT + HELD_OUT[:: len(HELD_OUT) // (N - len(HELD_OUT))])[:N]
 JUDGES = load_rewards(list(REWARDS.values()))
 
@@ -111,19 +112,20 @@ def kept(
 
 
 def judged(run: argparse.Namespace, seed: int, name: str, known: int, few: int) -> list[dict]:
-    """One row a quantity and place: predicted, from `known` pictures at the ends and `few` at each probe, and measured."""
+    """One row a quantity and place: predicted, from `known` pictures at the ends and `few` probes, and measured."""
     _, probed, places = settings(run, seed, name)
     ends = tuple(kept(run, seed, name, p, list(range(len(HELD_OUT)))) for p in (0.0, 1.0))
     rewards = [REWARDS[n] for n in ((name,) if name in REWARDS else PAIR)]
     mine = spread(len(HELD_OUT), known)
     ends = tuple({q: dial.of_rows(v, mine) for q, v in end.items()} for end in ends)
-    rows = dial.balanced(ends, [*rewards, "diversity"], few, range(known))
-    probes = {p: kept(run, seed, name, p, [mine[i] for i in rows]) for p in probed}
+    counts = probed if few == 16 else dict.fromkeys(probed, 16)
+    probing = dial.plan(ends, [*rewards, "diversity"], counts, range(known))
+    probes = {p: kept(run, seed, name, p, [mine[i] for i in rows]) for p, rows in probing.items()}
     found = []
     for quantity in [*rewards, "diversity"]:
-        seen = {p: v[quantity] for p, v in probes.items()}
-        told = dial.predict(tuple(e[quantity] for e in ends), seen, rows, places)
-        for place, value in zip(places, told, strict=True):
+        seen = {p: (v[quantity], probing[p]) for p, v in probes.items()}
+        predicted = dial.predict(tuple(e[quantity] for e in ends), seen, places)
+        for place, value in zip(places, predicted, strict=True):
             values = kept(run, seed, name, place)[quantity]
             row = {
                 "dial": name,
@@ -149,7 +151,7 @@ def told(rows: list[dict]) -> None:
             mine = [r for r in rows if (*key(r), r["seed"]) == (known, few, name, quantity, seed)]
             shares.append(100 * dial.error_share([r["predicted"] for r in mine], [r["measured"] for r in mine]))
         print(
-            f"  {known:4d} kept, {few:2d} a probe  {name:12s} {quantity:18s} " + "  ".join(f"{s:6.1f}" for s in shares),
+            f"  {known:4d} kept, {few:2d} probes  {name:12s} {quantity:18s} " + "  ".join(f"{s:6.1f}" for s in shares),
             flush=True,
         )
 

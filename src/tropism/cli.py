@@ -264,7 +264,7 @@ def dial(
     ] = [],  # noqa: B006 typer copies it
     pictures: Annotated[int, typer.Option(help="Held-out prompts drawn at each setting.")] = 16,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Draw only the 15 pictures that the prediction needs.")
+        bool, typer.Option("--quick", help="Draw only the 16 pictures that the prediction needs.")
     ] = False,
     phases: Annotated[bool, typer.Option("--phases", help="Also vary each third of the chain alone.")] = False,
     check: Annotated[int, typer.Option(help="Fresh pictures a setting to hold the prediction against.")] = 0,

@@ -87,10 +87,10 @@ def test_a_bend_that_all_pictures_share_is_found_exactly_from_three_of_them():
     a, b, curved = some(20), some(20, seed=1), lambda s: s * (1 - s) * (s + 0.5)
     at = lambda s: a + b * min(s, 1.0) + curved(s)
     rows, places = [4, 11, 12], [0.5, 1.25, 1.5]
-    probes = {s: dial.of_rows(at(s), rows) for s in places}
-    told = dial.predict((at(0.0), at(1.0)), probes, rows, [0.0, 0.5, 1.0, 1.25, 1.5])
+    probes = {s: (dial.of_rows(at(s), rows), rows) for s in places}
+    told = dial.predict((at(0.0), at(1.0)), probes, [0.0, 0.5, 1.0, 1.25, 1.5])
     assert told == pytest.approx([at(s).mean().item() for s in (0.0, 0.5, 1.0, 1.25, 1.5)], abs=1e-9)
-    between = dial.predict((at(0.0), at(1.0)), probes, rows, [0.25, 0.75])
+    between = dial.predict((at(0.0), at(1.0)), probes, [0.25, 0.75])
     assert between == pytest.approx([at(s).mean().item() for s in (0.25, 0.75)], abs=0.06)
 
 
@@ -98,14 +98,14 @@ def test_pairs_are_predicted_as_values_are():
     first, last = pairs(seed=1), pairs(seed=2)
     at = lambda s: (1 - s) * first + s * last + s * (1 - s)
     rows = [0, 2, 5, 6]
-    told = dial.predict((first, last), {0.5: dial.of_rows(at(0.5), rows)}, rows, [0.5])
+    told = dial.predict((first, last), {0.5: (dial.of_rows(at(0.5), rows), rows)}, [0.5])
     assert told[0] == pytest.approx(at(0.5).nanmean().item())
 
 
 def test_samples_without_a_score_take_no_part():
     a, b = some(6), some(6, seed=1)
     a[2], b[4] = math.nan, math.inf
-    told = dial.predict((a, b), {0.5: (a + b)[:2] / 2}, [0, 1], [0.0, 1.0, 0.5])
+    told = dial.predict((a, b), {0.5: ((a + b)[:2] / 2, [0, 1])}, [0.0, 1.0, 0.5])
     assert all(math.isfinite(v) for v in told)
     assert told[0] == pytest.approx(a[a.isfinite()].mean().item())
 
@@ -118,6 +118,15 @@ def test_probes_that_look_like_all_pictures_are_chosen():
     assert dial.of_rows(odd, rows).mean() == odd.mean()
     assert dial.balanced(ends, ["reward"], 5, [7, 8]) == [7, 8]
     assert set(dial.balanced(ends, ["reward"], 2, [1, 3, 9])) < {1, 3, 9}
+
+
+def test_the_probes_are_sixteen_and_nested():
+    ends = [{"reward": some(32, seed=i), "diversity": pairs(n=32, seed=i)} for i in (0, 1)]
+    for counts in dial.PROBES.values():
+        rows = dial.plan(ends, ["reward", "diversity"], counts, range(32))
+        assert {place: len(r) for place, r in rows.items()} == counts
+        assert sum(counts.values()) == 16
+        assert all(set(r) <= set(max(rows.values(), key=len)) for r in rows.values())
 
 
 def test_the_error_is_told_in_shares_of_the_measured_range():
@@ -235,7 +244,9 @@ def test_the_page_is_safe_and_has_a_mark_for_every_setting(dialled):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     marks = [v for k, v in seen.attributes if k == "id"]
     assert marks == [f"s{i}" for i in range(len(dialled.stops))]
-    assert [v for k, v in seen.attributes if k == "for"] == marks
+    assert set(v for k, v in seen.attributes if k == "for") == set(marks)
+    assert [[dialled.stops[i].place for i in dialled.row(p)] for p in dial.PHASES] == [[0, 0.5, 1, 1.25, 1.5]] * 3
+    assert ("class", "near") in seen.attributes
     assert seen.attributes.count(("type", "radio")) == len(marks)
     assert sum(k == "checked" for k, _ in seen.attributes) == 1
     for i in range(len(marks)):
@@ -273,7 +284,12 @@ def test_what_a_run_did_not_keep_is_drawn_again(runs, tmp_path, monkeypatch):
     finally:
         moved.rename(file)
     torch.testing.assert_close(kept.ends[1].images, drawn.ends[1].images, rtol=0, atol=1e-5)
-    assert len(kept.rows) == 5
+    assert len(kept.rows) == 4
+    assert {place: len(rows) for place, (rows, _) in kept.probes.items()} == {
+        0.5: 4,
+        1.25: 4,
+        1.5: 7,
+    }  # of seven prompts
     assert [s.place for s in kept.stops] == [0, 0.5, 1, 1.25, 1.5]
 
 

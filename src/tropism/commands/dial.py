@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tropism.commands.compare import config_of, deployed, trained_model
-from tropism.core import Batch, Model, Reward, UserError, scored_parts
+from tropism.core import Batch, Model, Reward, UserError
 from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.phases import Phased
@@ -24,7 +24,7 @@ from tropism.prompts.batches import as_batch, train_and_held_out
 from tropism.run import dial as dialling
 from tropism.run import dial_page
 from tropism.run.checks import at_least_one, set_up
-from tropism.run.dial import PROBES, STRENGTHS, WEIGHTS, Stop
+from tropism.run.dial import PROBES, STRENGTHS, WEIGHTS, Several, Stop, some
 from tropism.run.dial_page import Dialled
 from tropism.run.evaluate import Evaluation, columns_of, diversity, evaluate
 from tropism.run.products import measures_for
@@ -56,7 +56,7 @@ def dial(
     """Turn a finished run's adapter from 0 to 1.5, or mix those of two runs; leave a page with a slider and a setting to use.
 
     runs: one folder of `align`, or two of the same base model. at: the strengths, or weights of the second adapter, to draw.
-    pictures: held-out prompts that are drawn at each, with the same noise. quick: draw only the 15 pictures that the prediction
+    pictures: held-out prompts that are drawn at each, with the same noise. quick: draw only the 16 pictures that the prediction
     needs. phases: also vary the adapter in the early, middle and late third of the chain alone. check: fresh pictures a setting that
     the prediction is held against. keep: the share of the base's diversity that the recommended setting keeps at least. reward: the
     run's, where that was made in Python.
@@ -76,10 +76,11 @@ def dial(
     with Recorder(out, config, overwrite=overwrite) as recorder:
         ends = bench.ends(recorder.say)
         rows = spread(len(bench.asked), pictures)
-        names = [*bench.rewards, "diversity"]
-        known = [dialling.quantities(end) for end in ends]
-        probed = dialling.balanced(known, names, dialling.FEW, rows)
-        drawn = _sweep(bench, stops, probed if quick else rows, ends, recorder.say)
+        names, known = [*bench.rewards, "diversity"], [dialling.quantities(end) for end in ends]
+        probing = dialling.plan(known, names, PROBES[len(runs)], rows)
+        if quick:
+            rows = min(probing.values(), key=len)
+        drawn, probes = _sweep(bench, stops, rows, probing, ends, recorder.say)
         fresh = _fresh(bench, stops, check, recorder.say)
         found = dial_page.Dialled(
             out=Path(out),
@@ -87,8 +88,8 @@ def dial(
             base=str(bench.base_name),
             rewards=bench.rewards,
             stops=stops,
-            rows=probed if quick else rows,
-            probed=probed,
+            rows=rows,
+            probes=probes,
             before=bench.before,
             ends=ends,
             drawn=drawn,
@@ -124,24 +125,6 @@ def _check(runs: Sequence[str], pictures: int, check: int, keep: float, phases: 
 
 
 # ---------------------------------------------------------------------------------------------------- what is dialled
-
-
-class Several:
-    """The rewards of several runs, each under its run's name; the total is their sum."""
-
-    name, differentiable = "rewards", False
-
-    def __init__(self, rewards: dict[str, Reward]):
-        self.rewards = rewards
-
-    def parts(self, samples: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {name: scored_parts(reward, samples, batch)[0] for name, reward in self.rewards.items()}
-
-    def total(self, parts: dict[str, Tensor], batch: Batch) -> Tensor:
-        return cast(Tensor, sum(parts.values()))
-
-    def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
-        return self.total(self.parts(samples, batch), batch)
 
 
 @dataclass(frozen=True)
@@ -305,18 +288,24 @@ def _sweep(
     bench: _Bench,
     stops: Sequence[Stop],
     rows: Sequence[int],
+    probing: Mapping[float, list[int]],
     ends: tuple[Evaluation, Evaluation],
     say: Callable[[str], None],
-) -> list[Evaluation]:
-    """The chosen prompts at every setting, on the same noise; what is there already is not drawn again."""
-    found = []
+) -> tuple[list[Evaluation], dict[float, tuple[list[int], Evaluation]]]:
+    """(the chosen prompts at every setting, on the same noise; those of the probes); what is there already is not drawn again."""
+    found, probes = [], {}
     for stop in stops:
         if not stop.group and stop.place in (0.0, 1.0):
-            found.append(bench.seen(ends[int(stop.place)].images[list(rows)], rows))
+            found.append(some(ends[int(stop.place)], rows))
             continue
-        say(f"Drawing {len(rows)} pictures at {stop.name} ...")
-        found.append(bench.draw(stop, bench.asked[list(rows)], rows))
-    return found
+        mine = [] if stop.group else probing.get(stop.place, [])
+        wanted = sorted({*rows, *mine})
+        say(f"Drawing {len(wanted)} pictures at {stop.name} ...")
+        drawn = bench.draw(stop, bench.asked[wanted], wanted)
+        found.append(some(drawn, [wanted.index(row) for row in rows]))
+        if mine:
+            probes[stop.place] = (mine, some(drawn, [wanted.index(row) for row in mine]))
+    return found, probes
 
 
 def _with_recommended(found: Dialled, bench: _Bench, say: Callable[[str], None]) -> Dialled:
@@ -325,7 +314,7 @@ def _with_recommended(found: Dialled, bench: _Bench, say: Callable[[str], None])
     before = [s.place for s in found.stops if not s.group and s.place <= stop.place]
     if stop.place in before:
         return found
-    drawn, at = _sweep(bench, [stop], found.rows, found.ends, say), len(before)
+    drawn, at = _sweep(bench, [stop], found.rows, {}, found.ends, say)[0], len(before)
     put = lambda values, new: [*values[:at], *new, *values[at:]]
     return replace(found, stops=put(found.stops, [stop]), drawn=put(found.drawn, drawn), fresh=put(found.fresh, [None]))
 

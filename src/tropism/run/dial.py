@@ -12,23 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from tropism.core import UserError
-from tropism.run.evaluate import Evaluation, finite_mean
+from tropism.core import Batch, Reward, UserError, scored_parts
+from tropism.run.evaluate import Evaluation, diversity, finite_mean
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Strengths of one adapter that are drawn."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the second of two adapters; the first has the rest."""
-PROBES = {1: (0.5, 1.25, 1.5), 2: (0.25, 0.5, 0.75)}
-"""Where the prediction's own pictures are drawn, by the number of adapters."""
-FEW = 5
-"""Pictures a probe setting: 15 in all."""
+PROBES = {1: {0.5: 4, 1.25: 4, 1.5: 8}, 2: {0.25: 5, 0.5: 6, 0.75: 5}}
+"""Where the prediction's own 16 pictures are drawn, and how many at each place, by the number of adapters.
+
+Half of them at 1.5, where pictures break down in different ways.
+"""
 PHASES = ("early", "middle", "late")
 STRONGEST = 2.0
 
@@ -72,6 +74,24 @@ def stops(places: Sequence[float], adapters: int, phases: bool = False) -> list[
     return found
 
 
+class Several:
+    """The rewards of several runs, each under its run's name; the total is their sum."""
+
+    name, differentiable = "rewards", False
+
+    def __init__(self, rewards: dict[str, Reward]):
+        self.rewards = rewards
+
+    def parts(self, samples: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {name: scored_parts(reward, samples, batch)[0] for name, reward in self.rewards.items()}
+
+    def total(self, parts: dict[str, Tensor], batch: Batch) -> Tensor:
+        return cast(Tensor, sum(parts.values()))
+
+    def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
+        return self.total(self.parts(samples, batch), batch)
+
+
 # ---------------------------------------------------------------------------------------------------- quantities
 
 
@@ -98,6 +118,13 @@ def quantities(seen: Evaluation) -> dict[str, Tensor]:
         same = torch.tensor([[a == b for b in seen.prompts] for a in seen.prompts])
         apart[same] = math.nan
     return columns | {"diversity": apart}
+
+
+def some(seen: Evaluation, places: Sequence[int]) -> Evaluation:
+    """Some of the pictures, with what was measured on them."""
+    at = list(places)
+    columns = {name: values[at] for name, values in seen.columns.items()}
+    return Evaluation(seen.images[at], columns, [seen.prompts[i] for i in at], diversity(seen.images[at]))
 
 
 def of_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
@@ -135,6 +162,14 @@ def balanced(ends: Sequence[Mapping[str, Tensor]], names: Sequence[str], few: in
     return best[1]
 
 
+def plan(
+    ends: Sequence[Mapping[str, Tensor]], names: Sequence[str], counts: Mapping[float, int], among: Sequence[int]
+) -> dict[float, list[int]]:
+    """Which pictures to probe at each place, smaller sets inside larger ones, each balanced."""
+    rows = balanced(ends, names, max(counts.values()), among)
+    return {place: balanced(ends, names, count, rows) for place, count in counts.items()}
+
+
 def between(ends: tuple[Tensor, Tensor], place: float) -> Tensor:
     """What each picture's, or pair's, values at 0 and 1 say of a place by a straight line; beyond 1 it stays as at 1."""
     share = min(max(place, 0.0), 1.0)
@@ -158,15 +193,15 @@ def knot(ends: tuple[Tensor, Tensor], probe: Tensor, rows: Sequence[int], place:
 
 
 def predict(
-    ends: tuple[Tensor, Tensor], probes: Mapping[float, Tensor], rows: Sequence[int], at: Sequence[float]
+    ends: tuple[Tensor, Tensor], probes: Mapping[float, tuple[Tensor, Sequence[int]]], at: Sequence[float]
 ) -> list[float]:
     """The mean at every place of `at`: monotone cubics (Fritsch and Carlson, 1980) through the ends and the probes' knots.
 
-    ends: per-picture values (n,), or per-pair (n, n), at places 0 and 1. probes: place -> the same of `rows`.
+    ends: per-picture values (n,), or per-pair (n, n), at places 0 and 1. probes: place -> (the same of some pictures, which these are).
     Beyond the last knot the curve goes on as its last piece does.
     """
     found = {0.0: finite_mean(ends[0]), 1.0: finite_mean(ends[1])}
-    found |= {p: knot(ends, values, rows, p) for p, values in probes.items() if p not in found}
+    found |= {p: knot(ends, values, rows, p) for p, (values, rows) in probes.items() if p not in found}
     places = sorted(found)
     curve = PchipInterpolator(places, [found[p] for p in places])
     return [float(v) for v in curve(np.asarray(at, dtype=np.float64))]

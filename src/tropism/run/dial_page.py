@@ -15,11 +15,8 @@ from torch import Tensor
 
 from tropism.run import pictures
 from tropism.run.dial import (
-    FEW,
-    PROBES,
     Stop,
     error_share,
-    of_rows,
     predict,
     quantities,
     recommend,
@@ -34,9 +31,10 @@ FINE = 0.05
 
 @dataclass(frozen=True)
 class Dialled:
-    """All that the page tells. rewards: the columns that count. rows: which of the run's prompts were drawn; probed: for the prediction.
+    """All that the page tells. rewards: the columns that count. rows: which of the run's prompts are shown.
 
-    before: the base model's pictures; ends: those at places 0 and 1, all of them; drawn: at each stop; fresh: the same, or None.
+    probes: place -> (which prompts were drawn for the prediction, their pictures). before: the base model's pictures; ends: those at
+    places 0 and 1, all of them; drawn: at each stop; fresh: the same, or None.
     """
 
     out: Path
@@ -45,7 +43,7 @@ class Dialled:
     rewards: list[str]
     stops: list[Stop]
     rows: list[int]
-    probed: list[int]
+    probes: dict[float, tuple[list[int], Evaluation]]
     before: Evaluation
     ends: tuple[Evaluation, Evaluation]
     drawn: list[Evaluation]
@@ -83,14 +81,18 @@ class Dialled:
         return [quantities(found) if found else None for found in self.fresh]
 
     def predicted(self, name: str, at: Sequence[float]) -> list[float]:
-        """The mean of a quantity at these places, from the probe pictures alone."""
-        at_rows = [self.rows.index(row) for row in self.probed]
-        probes = {
-            stop.place: of_rows(seen[name], at_rows)
-            for stop, seen in zip(self.stops, self.seen, strict=True)
-            if not stop.group and stop.place in PROBES[self.adapters] and name in seen
-        }
-        return predict((self.known[0][name], self.known[1][name]), probes, self.probed, at)
+        """The mean of a quantity at these places, from the probe pictures and the ends alone."""
+        there = {p: (seen[name], rows) for p, (rows, seen) in self.probed.items() if name in seen}
+        return predict((self.known[0][name], self.known[1][name]), there, at)
+
+    @cached_property
+    def probed(self) -> dict[float, tuple[list[int], dict[str, Tensor]]]:
+        return {place: (rows, quantities(seen)) for place, (rows, seen) in self.probes.items()}
+
+    def row(self, group: str) -> list[int]:
+        """The stops of a group in order; a phase at strength 1 is the adapter as it was trained."""
+        mine = [i for i, s in enumerate(self.stops) if s.group == group or (not s.group and s.place == 1)]
+        return sorted(mine, key=lambda i: self.stops[i].place)
 
     @cached_property
     def fine(self) -> list[float]:
@@ -226,7 +228,7 @@ def _along(axis: Any, found: Dialled, name: str) -> None:
 def _against(axis: Any, found: Dialled, across: str, up: str) -> None:
     axis.plot(found.predicted(across, found.fine), found.predicted(up, found.fine), color=COLOURS[0], lw=1.5)
     for k, group in enumerate(dict.fromkeys(stop.group for stop in found.stops)):
-        mine = [i for i, stop in enumerate(found.stops) if stop.group == group]
+        mine = found.row(group)
         x, y = ([finite_mean(found.seen[i][name]) for i in mine] for name in (across, up))
         colour = COLOURS[(k + 1) % len(COLOURS)]
         axis.plot(
@@ -277,8 +279,7 @@ def _html(found: Dialled, rows: Sequence[dict[str, Any]]) -> str:
             names=list(found.seen[0]),
             groups=list(dict.fromkeys(s.group for s in found.stops)),
             errors=found.errors(),
-            few=FEW,
-            probes=PROBES[found.adapters],
+            probes={place: len(rows) for place, (rows, _) in found.probes.items()},
             kept=None
             if not found.base_diversity or "diversity" not in told
             else told["diversity"] / found.base_diversity,
