@@ -16,16 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from tropism.core import Batch, Info
-from tropism.run import checkpoint, checks
+from tropism.run import checkpoint, checks, ledger
 from tropism.run.failed import failures_kept
 from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main, schedule_of
 from tropism.run.record import Recorder
+from tropism.run.rows import merged, statistics
 from tropism.run.signals import Interrupted, Stop, stopping
 
 __all__ = ["FitResult", "Interrupted", "Step", "fit"]
@@ -67,6 +66,8 @@ class _Run:
     micro_batch: int | None = None
     alive: bool = False
     agreed: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    ended: bool = False
 
     def save(self) -> None:
         if not is_main():
@@ -77,7 +78,10 @@ class _Run:
             self.folder,
             self.update,
             {**self.optimiser.tensors(), "state": tensors},
-            {"state": values, "micro_batch": self.micro_batch, "steps": self.optimiser.steps, "alive": self.alive},
+            {
+                **{"state": values, "micro_batch": self.micro_batch, "steps": self.optimiser.steps},
+                **{"alive": self.alive, "spent": self.spent, "ended": self.ended},
+            },
             keep=self.keep,
         )
 
@@ -90,7 +94,8 @@ class _Run:
             return (*found.remarks, "No checkpoint is whole: starting at update 0.")
         self.optimiser.load(found.tensors, found.values["steps"])
         self.update, self.micro_batch = found.update, found.values["micro_batch"]
-        self.alive = found.values["alive"]
+        self.alive, self.spent = found.values["alive"], found.values.get("spent", {})
+        self.ended = found.values.get("ended", False)
         self.state = {**found.values["state"], **found.tensors.get("state", {})}
         return (*found.remarks, f"Resuming after update {self.update}.")
 
@@ -122,6 +127,9 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_every: int = 0,
+    evaluate_points: int = 0,
+    budget: Mapping[str, float] | None = None,
+    enough: Callable[[], bool] | None = None,
     callback: Callable[[int, Info], None] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> FitResult:
@@ -133,7 +141,9 @@ def fit(
     schedule: how the learning rate goes over the whole run: "constant", or "linear" or "cosine" down to 0.
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
-    `evaluate_every` (0: never between) and after the last. callback: (updates done, Info). finish: called at the end
+    `evaluate_every` (0: never between) and after the last. budget: {axis of `run.ledger`: limit}; the update that reaches one is the
+    last. evaluate_points: also whenever another of so many parts of the run is done, however many updates that takes. enough: asked
+    after every evaluation whether the run shall end there. callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
     Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
     or gradient that is not finite, and a full disk; Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
@@ -147,13 +157,17 @@ def fit(
     with failures_kept(Path(out)), stopping() as stop, _full_disk_explained(run.folder), shown:
         if evaluate and run.update == 0:
             recorder.write({"update": 0, **_evaluated(evaluate, run)})
-        while run.update < updates:
-            optimiser.pace(rate(run.update / updates))
+        while not run.ended and (done := max(run.update / updates, ledger.share(run.spent, budget))) < 1:
+            optimiser.pace(rate(done))
             info, row = _one_update(step, batches(run.update), run, seed, stop)
-            if evaluate and (run.update == updates or (evaluate_every and run.update % evaluate_every == 0)):
+            now = max(run.update / updates, ledger.share(run.spent, budget))
+            last, point = now >= 1, int(now * evaluate_points) > int(done * evaluate_points)
+            if evaluate and (last or point or (evaluate_every and run.update % evaluate_every == 0)):
                 row |= _evaluated(evaluate, run)
+                run.ended = enough is not None and enough()
+                last = last or run.ended
             recorder.write(row)
-            if _asked(stop, run) or run.update == updates or run.update % checkpoint_every == 0:
+            if _asked(stop, run) or last or run.update % checkpoint_every == 0:
                 run.save()
             if callback:
                 callback(run.update, info)
@@ -211,7 +225,7 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> tuple[Info, dict]:
     """Exhaust the generator of one update, then commit the next state: (all that was reported, the record's row)."""
-    began, infos, norms = time.perf_counter(), [], []
+    began, worked, infos, norms = time.perf_counter(), time.process_time(), [], []
     with closing(step(batch, state=run.state, update=run.update, seed=seed, micro_batch=run.micro_batch)) as steps:
         while True:
             try:
@@ -222,15 +236,17 @@ def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> t
             norms.append(_one_step(loss, info, run, stop))
             infos.append(info)
     assert infos, "an algorithm must yield at least once an update"
-    info = merged(infos)
+    info, seconds = merged(infos), time.perf_counter() - began
     _commit(run, state, info)
+    run.spent = ledger.added(run.spent, ledger.cost(info.calls, seconds, time.process_time() - worked))
     row = {
         "update": run.update,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         **statistics(info),
         **info.scalars,
         "gradient_norm": sum(norms) / len(norms),
         "calls": dict(info.calls),
+        "spent": run.spent,
     }
     return info, row
 
@@ -257,43 +273,3 @@ def _commit(run: _Run, state: dict, info: Info) -> None:
     run.micro_batch = int(size) if size else run.micro_batch
     run.state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
     run.update += 1
-
-
-def merged(infos: list[Info]) -> Info:
-    """The reports of one update's yields as one: samples and calls add up; of columns and scalars the last counts."""
-    calls: dict[str, int] = {}
-    for info in infos:
-        calls = {k: calls.get(k, 0) + info.calls.get(k, 0) for k in calls | info.calls}
-    columns = {k: v for info in infos for k, v in info.columns.items()}
-    scalars = {k: v for info in infos for k, v in info.scalars.items()}
-    images = next((i.images for i in reversed(infos) if i.images is not None), None)
-    return Info(sum(i.samples for i in infos), columns, scalars, calls, images)
-
-
-def statistics(info: Info) -> dict[str, float]:
-    """The mean of each column over all processes, and the standard deviation of the reward.
-
-    Parts are NaN where a prompt is not meant for them; those rows do not count.
-    """
-    if not info.columns:
-        return {}
-    names = sorted(info.columns)
-    sums = torch.tensor(
-        [
-            [v.numel(), v.double().sum().item(), v.double().pow(2).sum().item()]
-            for v in (info.columns[n] if n == "reward" else _counted(info.columns[n]) for n in names)
-        ],
-        dtype=torch.float64,
-    )
-    if is_distributed():
-        sums = sums.to(info.columns[names[0]].device)
-        dist.all_reduce(sums)
-    count, total, square = sums.cpu().unbind(1)
-    mean = total / count.clamp_min(1)
-    std = (square / count.clamp_min(1) - mean**2).clamp_min(0).sqrt()
-    row = dict(zip(names, mean.tolist(), strict=True))
-    return row | {"reward_std": std[names.index("reward")].item()} if "reward" in row else row
-
-
-def _counted(column: Tensor) -> Tensor:
-    return column[~column.isnan()]

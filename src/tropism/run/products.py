@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,10 @@ def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
 
 
 class Judge:
-    """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest."""
+    """Held-out evaluation of a run: called by `fit`, it remembers the first and the newest.
+
+    eta, watch, per_prompt: see `evaluate`. before: what a run of the same base model has measured already.
+    """
 
     def __init__(
         self,
@@ -65,17 +68,31 @@ class Judge:
         seed: int,
         batch: int,
         identity: dict[str, str],
+        *,
+        eta: float | None = None,
+        watch: Mapping[str, Reward] | None = None,
+        per_prompt: int = 1,
+        before: Evaluation | None = None,
     ):
         self.file = out / "samples" / "before.safetensors"
         self.prompts = [p.text for p in held]
-        self._measure = partial(measured, model, reward, steps=steps, guidance=guidance, seed=seed, batch_size=batch)
+        how = {
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "batch_size": batch,
+            "eta": eta,
+            "watch": watch or {},
+        }
+        self._measure = partial(measured, model, reward, per_prompt=per_prompt, **how)
         self._asked, self._measures = as_batch(held), measures_for(self.prompts)
-        self._before: Evaluation | None = None
+        self._before = before
         self._after: Evaluation | None = None
         self.identity = {
             **identity,
             "held-out prompts": json.dumps(self.prompts),
-            "evaluation": f"{steps} steps, guidance {guidance:g}",
+            "evaluation": f"{steps} steps, guidance {guidance:g}" + ("" if eta is None else f", eta {eta:g}"),
+            **({"watched rewards": json.dumps(list(watch))} if watch else {}),
             "seed": str(seed),
         }
 
@@ -123,7 +140,7 @@ class Judge:
 
     def __call__(self, update: int) -> dict[str, float]:
         if update == 0:
-            self._before = self._after = self.measure()
+            self._before = self._after = self._before or self.measure()
             self._keep(self._before)
         else:
             self._after = self.measure(base=self.before.images)

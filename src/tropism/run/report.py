@@ -139,13 +139,13 @@ def write(out: Path | str, run: Finished) -> Path:
 
 
 def environment_of() -> jinja2.Environment:
-    """Templates of this folder, everything escaped, every name required."""
+    """Templates of this folder and of `race`, everything escaped, every name required."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "race"]),
     )
     environment.filters["number"] = number
     return environment
