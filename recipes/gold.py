@@ -10,6 +10,6 @@ BASE = 1625.0
 
 
 def useful_saving(images: torch.Tensor, batch) -> torch.Tensor:
-    """(B,), at most 1: the share of the base's bytes above flat that a picture saves if the parser reads its whole prompt off it, else 0."""
+    """(B,), at most 1: the share of the base's bytes above flat that a picture saves; 0 unless the parser reads its whole prompt off it."""
     right = shapes.accuracy(images, batch.prompts)["all"]
     return right * (1 - bytes_above_flat(images).to(right) / BASE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,8 +15,10 @@ from rich.console import Console
 from tropism.commands.train import METHODS, NOT_CONFIG, OF_FIT, align, bound, judge_of
 from tropism.core import UserError
 from tropism.prompts.batches import own_rows
-from tropism.race import curves, page
-from tropism.race.plan import Entry, Objective, Plan
+from tropism.race import curves, page, runs
+from tropism.race.page import searches, tests
+from tropism.race.plan import Entry, Plan
+from tropism.race.runs import Job
 from tropism.rewards.workers import end
 from tropism.run import request
 from tropism.run.checks import known
@@ -25,7 +26,6 @@ from tropism.run.evaluate import Evaluation
 from tropism.run.fit import fit
 from tropism.run.record import Recorder
 
-DONE = "done.json"
 MOST_UPDATES = 100_000
 OF_RACE = ("out", "seed", "budget", "updates", "evaluate_every", "method", "options", "model", "reward", "watch")
 
@@ -55,68 +55,34 @@ def race(
     if not (objectives and entries):
         raise UserError(f"The plan has no {' and '.join(f'{k} {v!r}' for k, v in only.items())}.")
     bases: dict[str, Evaluation] = {}
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
     for objective in objectives:
         for entry in entries:
-            config = _searched(plan, objective, entry, out, bases, say)
-            for seed in () if search_only else plan.seeds:
-                _one(plan, objective, entry, config, seed, out, bases, say, is_test=True)
+            for job in searches(plan, objective, entry):
+                _done(plan, job, out, bases)
+            if search_only:
+                continue
+            for job in tests(plan, out, objective, entry):
+                _done(plan, job, out, bases)
     return None if only or search_only else page.write(plan, out, command)
 
 
-def _searched(plan: Plan, objective: Objective, entry: Entry, out: Path, bases: dict, say: Any) -> int:
-    """The configuration that the search chose."""
-    if not plan.tuned(entry):
-        return 0
-    tried = [
-        [
-            curve
-            for seed in plan.tuning_seeds
-            if (curve := _one(plan, objective, entry, k, seed, out, bases, say, is_test=False))
-        ]
-        for k in range(len(entry.search))
-    ]
-    return curves.chosen(tried, objective.gold)
-
-
-def folder_of(out: Path, objective: Objective, entry: Entry, config: int, seed: int, is_test: bool) -> Path:
-    return out / objective.name / entry.name / (f"test-{seed}" if is_test else f"search-{config}-{seed}")
-
-
-def _one(
-    plan: Plan,
-    objective: Objective,
-    entry: Entry,
-    config: int,
-    seed: int,
-    out: Path,
-    bases: dict[str, Evaluation],
-    say: Any,
-    *,
-    is_test: bool,
-) -> curves.Curve | None:
-    """One run, unless it is there; its curve, or None if it failed (a run that blew up has lost the search)."""
-    folder = folder_of(out, objective, entry, config, seed, is_test)
-    told = {"config": entry.search[config], "seed": seed, "objective": objective.name, "method": entry.name}
-    if not (folder / DONE).is_file():
-        say(f"{objective.name}: {entry.name}, {'test' if is_test else 'search'} {told['config']}, seed {seed}")
-        share = plan.longer.get(entry.name, 1.0) if is_test else plan.tuning_share
-        budget = {axis: limit * share for axis, limit in plan.budget.items()}
-        try:
-            _run(
-                plan, objective, entry, entry.search[config], seed, folder, budget, bases, plan.points if is_test else 0
-            )
-        except UserError as error:
-            if is_test:
-                raise
-            told["failed"] = str(error)
-        (folder / DONE).write_text(json.dumps(told) + "\n")
-    kept = json.loads((folder / DONE).read_text())
-    if kept["config"] != dict(told["config"]):
-        raise UserError(
-            f"{folder} holds a run of {kept['config']}, but the plan asks for {told['config']}. Choose another --out."
-        )
-    return None if "failed" in kept else curves.read(folder)
+def _done(plan: Plan, job: Job, out: Path, bases: dict[str, Evaluation]) -> None:
+    """Run a job unless it is kept. A search run that blows up has lost; a test run that does ends the comparison."""
+    if runs.kept(out, job):
+        return
+    Console(soft_wrap=True, highlight=False, markup=False).print(str(job))
+    share = plan.longer.get(job.entry.name, 1.0) if job.is_test else plan.tuning_share
+    budget, failed = {axis: limit * share for axis, limit in plan.budget.items()}, ""
+    folder = job.file(out).with_suffix("")
+    try:
+        _run(plan, job, folder, budget, bases)
+    except UserError as error:
+        if job.is_test:
+            raise
+        failed = str(error)
+    runs.keep(out, job, curves.evaluations(folder), failed)
+    if not job.is_test:
+        shutil.rmtree(folder)
 
 
 def _resolved(plan: Plan, entry: Entry, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,44 +104,33 @@ def _anyones() -> set[str]:
     return {name for method in METHODS.values() for name in request.hyperparameters(method)}
 
 
-def _run(
-    plan: Plan,
-    objective: Objective,
-    entry: Entry,
-    config: Mapping[str, Any],
-    seed: int,
-    folder: Path,
-    budget: Mapping[str, float],
-    bases: dict[str, Evaluation],
-    points: int,
-) -> None:
-    settings, options = _resolved(plan, entry, config)
-    settings |= {"method": entry.method, "out": str(folder), "seed": seed, "watch": list(objective.watch)}
+def _run(plan: Plan, job: Job, folder: Path, budget: Mapping[str, float], bases: dict[str, Evaluation]) -> None:
+    """Train with a budget into a run folder. bases: evaluations of base models so far, by how they were drawn."""
+    entry, objective = job.entry, job.objective
+    settings, options = _resolved(plan, entry, job.overlay)
+    settings |= {"method": entry.method, "out": str(folder), "seed": job.seed, "watch": list(objective.watch)}
     settings |= {"updates": MOST_UPDATES, "evaluate_every": 0, "budget": [f"{a}={v:g}" for a, v in budget.items()]}
     function, reward = METHODS[entry.method], list(objective.reward)
     asked = request.read(entry.method, function, plan.model, reward, options, settings)
     asked.embed()
     kept = {**settings, "model": plan.model, "reward": reward, "options": asked.hyper}
-    quiet = Console(file=io.StringIO())
     try:
-        with Recorder(folder, request.as_plain(kept), overwrite=True, console=quiet) as recorder:
-            etas = settings["eta"] if settings["evaluate_eta"] is None else settings["evaluate_eta"]
-            sampled = f"{objective.name} {seed} {asked.sampling()} {etas} {settings['evaluate_prompts']}"
-            judge = judge_of(asked, folder, {}, plan.prompts_each, bases.get(sampled))
+        with Recorder(folder, request.as_plain(kept), overwrite=True, console=Console(file=io.StringIO())) as recorder:
+            eta = settings["eta"] if settings["evaluate_eta"] is None else settings["evaluate_eta"]
+            drawn = f"{objective.name} {job.seed} {asked.sampling()} {eta} {settings['evaluate_prompts']}"
+            judge = judge_of(asked, folder, {}, plan.prompts_each, bases.get(drawn))
             fit(
                 bound(function, asked, settings["normalise"], {}),
                 asked.model.trainable(),
                 lambda update: own_rows(asked.batch(update)),
                 recorder=recorder,
                 evaluate=judge,
-                evaluate_points=points,
+                evaluate_points=plan.points if job.is_test else 0,
                 budget=budget,
                 keep=1,
                 **{name: settings[name] for name in OF_FIT},
             )
-            bases[sampled] = judge.before
+            bases[drawn] = judge.before
         shutil.rmtree(folder / "samples", ignore_errors=True)
-        if not points:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     finally:
         end(asked.reward)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,15 @@ class Curve:
         return float(self.columns[column][-1])
 
 
-def read(run: Path) -> Curve:
-    """The curve of a run folder: every line of metrics.jsonl with an evaluation."""
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run folder, numbers only: what was spent, and every held-out column."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    rows = [line for line in lines if "held_out/reward" in line]
+    kept = lambda name: name in ("update", "drift", "diversity", "spent") or name.startswith("held_out/")
+    return [{n: v for n, v in line.items() if kept(n)} for line in lines if "held_out/reward" in line]
+
+
+def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:
+    """The curve of a run's `evaluations`, the first of the base model."""
     spent = {axis: np.array([row.get("spent", {}).get(axis, 0.0) for row in rows]) for axis in AXES}
     names = [n for n in rows[-1] if n.startswith("held_out/") or n in ("drift", "diversity")]
     value = lambda row, name: math.nan if row.get(name) is None else float(row[name])

@@ -13,7 +13,7 @@ from tropism.core import UserError
 from tropism.run import ledger
 from tropism.run.checks import known
 
-LOWER_IS_BETTER = ("drift",)
+LOWER_IS_BETTER = ("drift", "jpeg_kB")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Plan:
 
     settings: of all runs. prompts_each: held-out pictures a prompt. points: evaluations a test run. longer: {entry: factor} on the
     budget of its test runs, for methods that are to be followed beyond it; they are compared at the budget all the same.
+    level_of: the method by whose last level the costs of all are told.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Plan:
     prompts_each: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
     longer: Mapping[str, float] = field(default_factory=dict)
+    level_of: str = ""
 
     def __post_init__(self):
         both = set(self.seeds) & set(self.tuning_seeds)
@@ -70,6 +72,13 @@ class Plan:
             raise UserError(
                 "A comparison needs at least one objective, one method, one seed and a budget. Add what is missing."
             )
+        for objective in self.objectives:
+            if objective.gold in LOWER_IS_BETTER:
+                raise UserError(
+                    f"The gold measure of {objective.name!r} is {objective.gold}, of which less is better. Take one of which more is."
+                )
+        for name in (*self.longer, *filter(None, [self.level_of])):
+            known(name, [e.name for e in self.entries], "method of the plan")
         if not 0 < self.tuning_share <= 1:
             raise UserError(f"tuning_share is {self.tuning_share}; it must lie in (0, 1]. Try 0.5.")
 
@@ -103,8 +112,6 @@ def plan_of(found: Mapping[str, Any]) -> Plan:
     own["budget"] = ledger.budget_of([f"{axis}={limit}" for axis, limit in own["budget"].items()])
     objectives = [_objective(name, o) for name, o in found["objectives"].items()]
     entries = [_entry(name, e or {}) for name, e in found["methods"].items()]
-    for name in own.get("longer", {}):
-        known(name, [e.name for e in entries], "method of the plan")
     return Plan(objectives=tuple(objectives), entries=tuple(entries), **own)
 
 
