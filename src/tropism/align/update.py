@@ -89,4 +89,5 @@ def report(swept: Swept, chain: Chain) -> Info:
         scalars,
         {**swept.rows, "decode": samples, "reward": samples, "reward_gradient": samples * (1 + parts)},
         swept.images,
+        swept.ends,
     )

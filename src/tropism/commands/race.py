@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from tropism.core import UserError
 from tropism.prompts.batches import own_rows
 from tropism.race import curves, page, runs
 from tropism.race.page import searches, tests
-from tropism.race.plan import Entry, Plan
+from tropism.race.plan import Entry, Plan, plan_of, read
 from tropism.race.runs import Job
 from tropism.rewards.workers import end
-from tropism.run import request
+from tropism.run import ledger, request
 from tropism.run.checks import known
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import fit
@@ -30,13 +31,50 @@ MOST_UPDATES = 100_000
 OF_RACE = ("out", "seed", "budget", "updates", "evaluate_every", "method", "options", "model", "reward", "watch")
 
 
+def plan_from(
+    file: Path | None,
+    methods: Sequence[str],
+    model: str,
+    reward: Sequence[str],
+    gold: str,
+    watch: Sequence[str],
+    prompts: str | None,
+    budget: Sequence[str],
+    seeds: int,
+) -> Plan:
+    """The plan of a file, or of a command line: one objective, every method with the six configurations of `race.plan.SEARCH`.
+
+    Raises UserError for both, for no reward or no budget, and for what a plan cannot be.
+    """
+    if file and methods:
+        raise UserError("Both --plan and --method are given. Write the methods into the plan, or leave it out.")
+    if file:
+        return read(file)
+    if not (reward and budget):
+        raise UserError(
+            "Methods are compared on a reward, at a budget of a run. Add --reward jpeg --budget seconds=120."
+        )
+    name = re.sub(r"[^\w.+-]+", "-", "+".join(reward)).strip("-.+") or "reward"
+    found = {
+        "model": model,
+        "objectives": {name: {"reward": list(reward), "gold": gold, "watch": list(watch)}},
+        "methods": {m: {"settings": {"eta": 1.0}} if m == "ddpo" else {} for m in methods},
+        "budget": ledger.budget_of(budget),
+        "seeds": range(seeds),
+        "settings": {"prompts": prompts} if prompts else {},
+    }
+    return plan_of(found)
+
+
 def race(
     plan: Plan,
     *,
     out: Path | str,
     only: Mapping[str, str] | None = None,
     search_only: bool = False,
-    threads: int | None = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
     command: str = "",
 ) -> Path | None:
     """Search, then test, every method on every objective, and write the page; returns it. What is finished is not run again.
@@ -46,7 +84,7 @@ def race(
     Raises UserError for a plan that cannot be.
     """
     out, only = Path(out), only or {}
-    plan = replace(plan, settings={**plan.settings, "threads": threads})
+    plan = replace(plan, settings={**plan.settings, "device": device, "dtype": dtype, "threads": threads})
     for entry in plan.entries:
         for config in entry.search:
             _resolved(plan, entry, config)

@@ -31,6 +31,7 @@ from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
 from tropism.run.record import Recorder
 from tropism.run.request import Request
+from tropism.run.watch import REACTIONS, Watch
 
 METHODS = {
     "alignprop": alignprop,
@@ -99,6 +100,7 @@ def align(
     evaluate_steps: int | None = None,
     evaluate_guidance: float | None = None,
     evaluate_eta: float | None = None,
+    on_alarm: str = "keep",
     watch: Sequence[Reward | str] = (),
     checkpoint_every: int = 10,
     resume: bool = False,
@@ -128,7 +130,9 @@ def align(
     budget: "AXIS=LIMIT": the update that reaches one ends the run before `updates` do; seconds, cpu_seconds, reward_queries,
     reward_gradients, forwards, backwards (rows of the network) or decodes, evaluations not counted.
     evaluate_steps, evaluate_guidance, evaluate_eta: deployment settings, default those of training. watch: rewards that evaluations
-    measure beside it and nothing is trained on, as many as there are. dry_run: check everything, then stop.
+    measure beside it and nothing is trained on, as many as there are. on_alarm: when these fall while the trained reward rises, or
+    the samples become all alike, "keep" the best weights beside the last, "stop" with them, "shrink": go back to them at half the
+    rate, or "off": do not watch. dry_run: check everything, then stop.
     doctor: prove first, in seconds, that the gradient arrives; a fault is a UserError.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
@@ -136,6 +140,7 @@ def align(
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
     ledger.budget_of(budget)
+    known(on_alarm, REACTIONS, "reaction to an alarm")
     step = bound(function, asked, normalise, numbers_of("ramp", ramp))
     if not dry_run:
         asked.embed()
@@ -159,14 +164,18 @@ def align(
         if resume:
             judge.check_begun()
         of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)
-        products = Products(Path(out), method, *of_run)
+        batches = lambda update: own_rows(asked.batch(update))
+        chain = (asked.hyper.get("steps", 50), asked.hyper.get("guidance", 1.0))
+        watching = Watch(Path(out), asked.model, judge, batches, seed, *chain, on_alarm)
+        products = Products(Path(out), method, *of_run, watching.best)
         result = fit(
             step,
             asked.model.trainable(),
-            lambda update: own_rows(asked.batch(update)),
+            batches,
             recorder=recorder,
             resume=resume,
-            evaluate=judge,
+            evaluate=watching,
+            watch=watching,
             callback=callback,
             finish=products.write,
             budget=ledger.budget_of(budget),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ class Plan:
     level_of: str = ""
 
     def __post_init__(self):
+        for name in (x.name for x in (*self.objectives, *self.entries)):
+            if not re.fullmatch(r"\w[\w.+ -]*", name):
+                raise UserError(
+                    f"{name!r} cannot be the name of a folder. Name objectives and methods in letters and digits."
+                )
         both = set(self.seeds) & set(self.tuning_seeds)
         if both:
             raise UserError(
@@ -113,14 +119,6 @@ def plan_of(found: Mapping[str, Any]) -> Plan:
     objectives = [_objective(name, o) for name, o in found["objectives"].items()]
     entries = [_entry(name, e or {}) for name, e in found["methods"].items()]
     return Plan(objectives=tuple(objectives), entries=tuple(entries), **own)
-
-
-def of_flags(
-    methods: Sequence[str], model: str, reward: Sequence[str], gold: str, watch: Sequence[str], **more: Any
-) -> Plan:
-    """The plan of a command line: one objective, every method with the search of `SEARCH`."""
-    objective = Objective("+".join(reward), tuple(reward), gold, tuple(watch))
-    return Plan(model=model, objectives=(objective,), entries=tuple(_entry(m, {}) for m in methods), **more)
 
 
 RATES = (3e-4, 1e-3, 3e-3)

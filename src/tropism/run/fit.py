@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -22,12 +22,15 @@ from torch import Tensor
 from tropism.core import Batch, Info
 from tropism.run import checkpoint, checks, ledger
 from tropism.run.failed import failures_kept
-from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main, schedule_of
+from tropism.run.optimiser import Optimiser, Parameters, any_process, is_distributed, is_main, schedule_of
 from tropism.run.record import Recorder
 from tropism.run.rows import merged, statistics
 from tropism.run.signals import Interrupted, Stop, stopping
 
-__all__ = ["FitResult", "Interrupted", "Step", "fit"]
+__all__ = ["FitResult", "Interrupted", "Step", "Watcher", "fit"]
+
+HALF = 0.5
+"""Factor on the learning rate of a run that has gone back to its best weights."""
 
 
 class Step(Protocol):
@@ -36,6 +39,20 @@ class Step(Protocol):
     def __call__(
         self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
     ) -> Generator[tuple[Tensor, Info], None, dict]: ...
+
+
+class Watcher(Protocol):
+    """What looks on: it reports on every update, sounds an alarm, and holds the best weights; see `run.watch.Watch`."""
+
+    on_alarm: str
+
+    def observe(self, update: int, info: Info, before: float, now: float) -> dict[str, float]: ...
+
+    def alarm(self, lines: Sequence[Mapping[str, Any]]) -> str: ...
+
+    def go_back(self, update: int) -> dict[str, Tensor] | None: ...
+
+    def ending(self) -> dict[str, Tensor] | None: ...
 
 
 @dataclass
@@ -80,7 +97,7 @@ class _Run:
             {**self.optimiser.tensors(), "state": tensors},
             {
                 **{"state": values, "micro_batch": self.micro_batch, "steps": self.optimiser.steps},
-                **{"alive": self.alive, "spent": self.spent, "ended": self.ended},
+                **{"alive": self.alive, "spent": self.spent, "ended": self.ended, "slowed": self.optimiser.slowed},
             },
             keep=self.keep,
         )
@@ -95,7 +112,7 @@ class _Run:
         self.optimiser.load(found.tensors, found.values["steps"])
         self.update, self.micro_batch = found.update, found.values["micro_batch"]
         self.alive, self.spent = found.values["alive"], found.values.get("spent", {})
-        self.ended = found.values.get("ended", False)
+        self.ended, self.optimiser.slowed = found.values.get("ended", False), found.values.get("slowed", 1.0)
         self.state = {**found.values["state"], **found.tensors.get("state", {})}
         return (*found.remarks, f"Resuming after update {self.update}.")
 
@@ -129,7 +146,7 @@ def fit(
     evaluate_every: int = 0,
     evaluate_points: int = 0,
     budget: Mapping[str, float] | None = None,
-    enough: Callable[[], bool] | None = None,
+    watch: Watcher | None = None,
     callback: Callable[[int, Info], None] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> FitResult:
@@ -142,8 +159,9 @@ def fit(
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
     `evaluate_every` (0: never between) and after the last. budget: {axis of `run.ledger`: limit}; the update that reaches one is the
-    last. evaluate_points: also whenever another of so many parts of the run is done, however many updates that takes. enough: asked
-    after every evaluation whether the run shall end there. callback: (updates done, Info). finish: called at the end
+    last. evaluate_points: also whenever another of so many parts of the run is done, however many updates that takes. watch: asked after
+    every update for numbers and alarms; on an alarm at an evaluation the run ends with the best weights ("stop") or goes back to them
+    with half the rate ("shrink"). callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
     Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
     or gradient that is not finite, and a full disk; Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
@@ -157,31 +175,50 @@ def fit(
     with failures_kept(Path(out)), stopping() as stop, _full_disk_explained(run.folder), shown:
         if evaluate and run.update == 0:
             recorder.write({"update": 0, **_evaluated(evaluate, run)})
+        told = recorder.lines() if watch and is_main() else []
         while not run.ended and (done := max(run.update / updates, ledger.share(run.spent, budget))) < 1:
             optimiser.pace(rate(done))
+            before = run.spent.get("forwards", 0.0)
             info, row = _one_update(step, batches(run.update), run, seed, stop)
             now = max(run.update / updates, ledger.share(run.spent, budget))
             last, point = now >= 1, int(now * evaluate_points) > int(done * evaluate_points)
+            if watch:
+                row |= watch.observe(run.update, info, before, run.spent["forwards"])
+                told.append(row)
             if evaluate and (last or point or (evaluate_every and run.update % evaluate_every == 0)):
                 row |= _evaluated(evaluate, run)
-                run.ended = enough is not None and enough()
-                last = last or run.ended
+                last = _reacted(watch, told, run) or last
+            if watch and (alarm := watch.alarm(told)):
+                row["alarm"] = alarm
             recorder.write(row)
             if _asked(stop, run) or last or run.update % checkpoint_every == 0:
                 run.save()
             if callback:
                 callback(run.update, info)
             _leave_if_asked(stop, run, updates)
-        result = _result(run, first)
+        result = _result(run, first, watch)
         if finish:
             finish()
         _leave_if_asked(stop, run, updates)
     return result
 
 
-def _result(run: _Run, first: int) -> FitResult:
+def _reacted(watch: Watcher | None, told: Sequence[Mapping[str, Any]], run: _Run) -> bool:
+    """Do what an alarm asks for; whether the run ends here. All processes do the same: an alarm of one is an alarm of all."""
+    if watch is None or watch.on_alarm not in ("stop", "shrink") or not any_process(bool(watch.alarm(told))):
+        return False
+    if watch.on_alarm == "stop":
+        run.ended = True
+    elif weights := watch.go_back(run.update):
+        run.optimiser.go_back(weights, HALF)
+    return run.ended
+
+
+def _result(run: _Run, first: int, watch: Watcher | None) -> FitResult:
     weights = {n: p.detach().clone() for n, p in run.optimiser.named.items()}
     run.optimiser.use_average()
+    if run.ended and watch and (best := watch.ending()):
+        run.optimiser.fill(best)
     return FitResult(run.update, first, run.state, run.micro_batch, weights, run.optimiser.average)
 
 

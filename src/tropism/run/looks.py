@@ -61,6 +61,13 @@ def distances(points: Tensor) -> Tensor:
     return torch.cdist(points, points) / math.sqrt(points.shape[1])
 
 
+def median_distance(points: Tensor) -> float:
+    """Half of all pairs of different samples are nearer than this; 1 where there is none."""
+    apart = distances(points)
+    known = apart[apart > 0]
+    return known.median().item() if len(known) else 1.0
+
+
 def variety(points: Tensor, prompts: Sequence[str]) -> float:
     """Mean feature distance over pairs of equal prompt; over all pairs where no prompt occurs twice; NaN below two samples."""
     n, apart = len(prompts), distances(points)

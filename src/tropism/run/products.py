@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, Measure, finite_mean
 from tropism.run.evaluate import evaluate as measured
-from tropism.run.optimiser import is_main
+from tropism.run.optimiser import fill, is_main
 from tropism.run.record import Recorder
 from tropism.worlds import shapes, taste
 
@@ -146,6 +146,10 @@ class Judge:
             self._after = self.measure(base=self.before.images)
         return self._after.numbers()
 
+    def forget_last(self) -> None:
+        """The weights are no longer those of the last evaluation: `after` is measured when it is asked for."""
+        self._after = None
+
     def _keep(self, found: Evaluation):
         if not is_main():
             return
@@ -163,7 +167,10 @@ class Judge:
 
 @dataclass
 class Products:
-    """What a finished run leaves beside its record: adapter, pictures, report, model card."""
+    """What a finished run leaves beside its record: adapter, pictures, report, model card.
+
+    best: the weights of the best evaluation by name, or None; their adapter goes to best/ where they are not the last.
+    """
 
     out: Path
     method: str
@@ -176,6 +183,7 @@ class Products:
     config: dict
     recorder: Recorder
     judge: Judge
+    best: Callable[[], dict[str, torch.Tensor] | None] = lambda: None
     difference: float | None = None
 
     def write(self):
@@ -186,6 +194,7 @@ class Products:
             model = cast(Latent, self.model)
             lora.save(model, self.out / "lora")
             self.difference = lora.verify(model, self.out / "lora", prompts=self.judge.prompts[:2])
+            self._save_best(model)
         else:
             self.out.joinpath("weights").mkdir(exist_ok=True)
             save_file(
@@ -215,6 +224,17 @@ class Products:
         card.write(self.out, done)
         self.recorder.say(self._summary(report.rows(before, after)))
 
+    def _save_best(self, model: Latent) -> None:
+        """The adapter of the best evaluation, if it is another than the last, in best/."""
+        best, own = self.best(), {n: p.detach().clone() for n, p in model.trainable().items()}
+        if best is None or all(torch.equal(best[n].to(p), p) for n, p in own.items()):
+            return
+        try:
+            fill(model.trainable(), best)
+            lora.save(model, self.out / "best")
+        finally:
+            fill(model.trainable(), own)
+
     def _strengths(self) -> dict[float, dict[str, float]]:
         """The means of the first few held-out pictures at several strengths of the adapter, on the same noise."""
         few = lambda found: {n: finite_mean(v[: card.SHOWN]) for n, v in found.columns.items() if n != "drift"}
@@ -237,4 +257,6 @@ class Products:
         kept = (
             "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
         )
-        return "\n".join(["Held-out, before -> after:", *lines]) + kept + f"\nSee {self.out / 'report.html'}"
+        told = report.watched(self.recorder.lines())
+        alarm = f"\nWatch out, {told['alarm']}. The best weights are in best/." if told and told["alarm"] else ""
+        return "\n".join(["Held-out, before -> after:", *lines]) + kept + alarm + f"\nSee {self.out / 'report.html'}"

@@ -17,8 +17,8 @@ def merged(infos: list[Info]) -> Info:
         calls = {k: calls.get(k, 0) + info.calls.get(k, 0) for k in calls | info.calls}
     columns = {k: v for info in infos for k, v in info.columns.items()}
     scalars = {k: v for info in infos for k, v in info.scalars.items()}
-    images = next((i.images for i in reversed(infos) if i.images is not None), None)
-    return Info(sum(i.samples for i in infos), columns, scalars, calls, images)
+    last = next((i for i in reversed(infos) if i.images is not None), infos[-1])
+    return Info(sum(i.samples for i in infos), columns, scalars, calls, last.images, last.latents)
 
 
 def statistics(info: Info) -> dict[str, float]:
