@@ -48,6 +48,9 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     told = json.loads((out / "bytes/DRaFT/test-0.json").read_text())
     queries = [e.get("spent", {}).get("reward_queries", 0) for e in told["evaluations"]]
     assert queries == [0, 2, 4]  # the base, half of the budget, all of it
+    lines = [json.loads(line) for line in (out / "bytes/DRaFT/test-0/metrics.jsonl").read_text().splitlines()]
+    rewards = [lines[1]["reward"], lines[1]["reward"], lines[2]["reward"]]
+    assert [e["training_reward"] for e in told["evaluations"]] == rewards
     longer = json.loads((out / "bytes/DDPO/test-0.json").read_text())["evaluations"]
     assert longer[-1]["spent"]["reward_queries"] == 8
     searched = list(csv.DictReader((out / "search.csv").open()))
@@ -55,7 +58,7 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     assert json.loads(best["configuration"]) == told["config"]
     rows = {(r["method"], r["measure"]): r for r in csv.DictReader((out / "race.csv").open())}
     assert float(rows["DDPO", "reward"]["reward_queries"]) == 4  # at the budget, not at its own end
-    assert {m for _, m in rows} == {"reward", "watch/incompressibility", "diversity", "drift"}
+    assert {m for _, m in rows} == {"reward", "training_reward", "watch/incompressibility", "diversity", "drift"}
     text = page.read_text()
     assert "<script" not in text and "What was tried" in text and "tuning" not in text
     before = {f: (out / f).read_bytes() for f in files}

@@ -31,7 +31,7 @@ from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
 from tropism.run.record import Recorder
 from tropism.run.request import Request
-from tropism.run.watch import REACTIONS, Watch
+from tropism.run.watch import Watch
 
 METHODS = {
     "alignprop": alignprop,
@@ -139,23 +139,21 @@ def align(
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
-    ledger.budget_of(budget)
-    known(on_alarm, REACTIONS, "reaction to an alarm")
     step = bound(function, asked, normalise, numbers_of("ramp", ramp))
     if not dry_run:
         asked.embed()
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked, remarks)
-    config = request.as_plain(
-        {
-            **settings,
-            "model": str(model),
-            "reward": request.spelled(reward),
-            "watch": [request.spelled(w)[0] for w in watch],
-            "options": asked.hyper,
-        }
-    )
+    watched = [request.spelled(w)[0] for w in watch]
+    kept = {
+        **settings,
+        "model": str(model),
+        "reward": request.spelled(reward),
+        "watch": watched,
+        "options": asked.hyper,
+    }
+    config = request.as_plain(kept)
     recording = Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers)
     with recording as recorder, ended(asked.reward):
         for text in remarks:
@@ -164,14 +162,12 @@ def align(
         if resume:
             judge.check_begun()
         of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)
-        batches = lambda update: own_rows(asked.batch(update))
-        chain = (asked.hyper.get("steps", 50), asked.hyper.get("guidance", 1.0))
-        watching = Watch(Path(out), asked.model, judge, batches, seed, *chain, on_alarm)
+        watching = _watch(asked, judge, Path(out))
         products = Products(Path(out), method, *of_run, watching.best)
         result = fit(
             step,
             asked.model.trainable(),
-            batches,
+            watching.batches,
             recorder=recorder,
             resume=resume,
             evaluate=watching,
@@ -216,6 +212,12 @@ def judge_of(
     how = (*asked.sampling(), settings["seed"], settings["batch"], identity)
     more = {"eta": settings["evaluate_eta"], "watch": asked.watch, "per_prompt": per_prompt, "before": before}
     return Judge(out, asked.model, asked.reward, asked.held, *how, **more)
+
+
+def _watch(asked: Request, judge: Judge, out: Path) -> Watch:
+    batches = lambda update: own_rows(asked.batch(update))
+    chain = (asked.hyper.get("steps", 50), asked.hyper.get("guidance", 1.0))
+    return Watch(out, asked.model, judge, batches, asked.settings["seed"], *chain, asked.settings["on_alarm"])
 
 
 def bound(function: Callable, asked: Request, normalise: str, ramps: Mapping[str, float]) -> Scaled:

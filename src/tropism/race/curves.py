@@ -32,16 +32,28 @@ class Curve:
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run folder, numbers only: what was spent, and every held-out column."""
+    """The evaluations of a run folder, numbers only: what was spent, every held-out column, and as "training_reward" the mean reward of the
+    training samples since the evaluation before (of the base model: the first update's).
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     kept = lambda name: name in ("update", "drift", "diversity", "spent") or name.startswith("held_out/")
-    return [{n: v for n, v in line.items() if kept(n)} for line in lines if "held_out/reward" in line]
+    rows, since = [], []
+    for line in lines:
+        since += [line["reward"]] if line.get("reward") is not None else []
+        if "held_out/reward" in line:
+            told = since or [n["reward"] for n in lines if n.get("reward") is not None][:1]
+            rows.append(
+                {n: v for n, v in line.items() if kept(n)}
+                | ({"training_reward": sum(told) / len(told)} if told else {})
+            )
+            since = []
+    return rows
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:
     """The curve of a run's `evaluations`, the first of the base model."""
     spent = {axis: np.array([row.get("spent", {}).get(axis, 0.0) for row in rows]) for axis in AXES}
-    names = [n for n in rows[-1] if n.startswith("held_out/") or n in ("drift", "diversity")]
+    names = [n for n in rows[-1] if n.startswith("held_out/") or n in ("drift", "diversity", "training_reward")]
     value = lambda row, name: math.nan if row.get(name) is None else float(row[name])
     columns = {n.removeprefix("held_out/"): np.array([value(row, n) for row in rows]) for n in names}
     if "drift" in columns:

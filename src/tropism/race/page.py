@@ -77,9 +77,13 @@ def tested(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Cu
 
 
 def measures_of(objective: Objective, of: Curve) -> list[str]:
-    """What is drawn and told: the trained reward held out, the gold measure, watched rewards, diversity, drift."""
+    """What is drawn and told: the trained reward on held-out prompts and in training, gold, watched rewards, diversity, drift."""
     watched = [name for name in of.columns if name.startswith("watch/")]
-    return [m for m in dict.fromkeys(["reward", objective.gold, *watched, "diversity", "drift"]) if m in of.columns]
+    return [
+        m
+        for m in dict.fromkeys(["reward", "training_reward", objective.gold, *watched, "diversity", "drift"])
+        if m in of.columns
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -205,7 +209,7 @@ def _csv(file: Path, sections: Sequence[Mapping[str, Any]]) -> None:
 
 def drawn(plan: Plan, objective: Objective, found: Tested, measures: Sequence[str]) -> Figure:
     """A row a measure, a column an axis; every method's mean over seeds with a band of one standard deviation."""
-    axes = list(dict.fromkeys(["reward_queries", "forwards", plan.axis]))
+    axes = list(dict.fromkeys([plan.axis, "reward_queries", "reward_gradients", "forwards", "backwards", "seconds"]))
     figure = Figure(figsize=(4.2 * len(axes), 2.6 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), len(axes), squeeze=False, sharey="row")
     for line, measure in zip(panels, measures, strict=True):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+REACTIONS = ("keep", "stop", "shrink", "off")
+"""What follows an alarm: the best weights are kept beside the last; the run ends with them; it goes back to them at half the rate."""
 Z = 4.0
 """Standard errors that a fall must have; the best was chosen among many, so it was also lucky."""
 SHARE = 0.15

@@ -21,10 +21,8 @@ from tropism.run.checks import known
 from tropism.run.evaluate import Evaluation
 from tropism.run.optimiser import is_main
 from tropism.run.products import Judge
-from tropism.run.sentinel import Seen, Verdict
+from tropism.run.sentinel import REACTIONS, Seen, Verdict
 
-REACTIONS = ("keep", "stop", "shrink", "off")
-"""What follows an alarm: the best weights are kept beside the last; the run ends with them; it goes back to them at half the rate."""
 SHARE = 0.01
 """Share of the run's network rows that watching may take."""
 REFERENCE = 3
