@@ -258,5 +258,6 @@ class Products:
             "" if self.difference is None else f"\nAdapter saved and verified: reload difference {self.difference:.1e}"
         )
         told = report.watched(self.recorder.lines())
-        alarm = f"\nWatch out, {told['alarm']}. The best weights are in best/." if told and told["alarm"] else ""
+        where = "best/" if (self.out / "best" / "pytorch_lora_weights.safetensors").exists() else "this result"
+        alarm = f"\nWatch out, {told['alarm']}. The best weights are in {where}." if told and told["alarm"] else ""
         return "\n".join(["Held-out, before -> after:", *lines]) + kept + alarm + f"\nSee {self.out / 'report.html'}"
