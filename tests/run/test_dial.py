@@ -23,6 +23,7 @@ from tropism.run.evaluate import Evaluation, diversity
 
 PICTURES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 EVIL = "<script>alert(1)</script> a dog"
+COLOURS = ("reward of red", "reward of green")
 HELD = ["a red cat", "a dog", EVIL, "two cats", "a cat on a red dog", "red", "a cart"]
 
 
@@ -304,17 +305,17 @@ def test_two_adapters_are_mixed(runs, tmp_path, monkeypatch, capsys):
     rows = table(tmp_path / "page")
     place = {(r["setting"], r["quantity"]): float(r["measured"]) for r in rows}
     assert {"1 + 0", "0.75 + 0.25", "0.5 + 0.5", "0.25 + 0.75", "0 + 1"} <= {r["setting"] for r in rows}
-    assert place["1 + 0", "red"] > place["0 + 1", "red"]
-    assert place["0 + 1", "green"] > place["1 + 0", "green"]
+    assert place["1 + 0", "reward of red"] > place["0 + 1", "reward of red"]
+    assert place["0 + 1", "reward of green"] > place["1 + 0", "reward of green"]
     page = (tmp_path / "page" / "report.html").read_text()
     assert "tropism mix --adapter" in page
     monkeypatch.setattr(sys.modules["tropism.commands.dial"], "_after", lambda run, told: None)
     again = commands.dial([str(runs / "red"), str(runs / "green")], out=tmp_path / "again", quick=True)
-    ends = [again.ends[i].columns[name].double().mean().item() for i, name in enumerate(("red", "green"))]
+    ends = [again.ends[i].columns[name].double().mean().item() for i, name in enumerate(COLOURS)]
     monkeypatch.undo()
     kept = commands.dial([str(runs / "red"), str(runs / "green")], out=tmp_path / "kept", quick=True)
     assert ends == pytest.approx(
-        [kept.ends[i].columns[n].double().mean().item() for i, n in enumerate(("red", "green"))], abs=1e-5
+        [kept.ends[i].columns[n].double().mean().item() for i, n in enumerate(COLOURS)], abs=1e-5
     )
 
 

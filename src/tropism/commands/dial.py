@@ -144,6 +144,7 @@ class _Bench:
     seed: int
     steps: int
     guidance: float
+    eta: float | None
     images: Tensor
     kept: list[Tensor | None]
 
@@ -155,7 +156,7 @@ class _Bench:
     def seen(self, images: Tensor, rows: Sequence[int]) -> Evaluation:
         """Pictures of some of the prompts, measured."""
         batch = self.asked[list(rows)]
-        columns = columns_of(images, batch, self.reward, measures_for(batch.prompts))
+        columns = columns_of(images, batch, self.reward, measures_for(batch.prompts), {})
         return Evaluation(images, columns, batch.prompts, diversity(images))
 
     def draw(self, stop: Stop, asked: Batch, index: Sequence[int]) -> Evaluation:
@@ -170,6 +171,7 @@ class _Bench:
                 seed=self.seed,
                 measures=measures_for(asked.prompts),
                 index=index,
+                eta=self.eta,
             )
 
     @contextmanager
@@ -215,7 +217,7 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
                 f"{run} trained {config['model']}, but {runs[0]} trained {first['model']}. Mix adapters of one base."
             )
     rewards = [_reward(run, config, reward) for run, config in zip(runs, configs, strict=True)]
-    names = ["reward"] if len(runs) == 1 else _names(folders)
+    names = ["reward"] if len(runs) == 1 else [f"reward of {name}" for name in _names(folders)]
     joint = rewards[0] if len(runs) == 1 else Several(dict(zip(names, rewards, strict=True)))
     told, images = _pictures(folders[0] / "samples" / "before.safetensors")
     held = train_and_held_out(first["prompts"], first["held_out"], first["model"])[1]
@@ -225,10 +227,14 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
             f"The prompts of {runs[0]} have changed since ({first['held_out'] or first['prompts']}), so its pictures are not of them. "
             "Put the file back as it was."
         )
+    if len(images) != len(asked):
+        raise UserError(
+            f"{runs[0]} was evaluated with {len(images)} pictures of {len(asked)} prompts; the dial reads one each. Name a run of `tropism align`."
+        )
     steps, guidance = deployed(first)
     model = trained_model(folders[0], first, device, dtype)
     kept = [_after(folder, told) for folder in folders]
-    of_run = (asked, first["seed"], steps, guidance, images, kept)
+    of_run = (asked, first["seed"], steps, guidance, first.get("evaluate_eta"), images, kept)
     return _Bench(folders, cast(Latent, model), first["model"], cast(Reward, joint), names, *of_run)
 
 
