@@ -14,7 +14,9 @@ import csv
 from datetime import date
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from study import CHAIN, HELD_OUT, SAMPLING, WIDE
@@ -27,6 +29,7 @@ from tropism.run import dial
 from tropism.run.evaluate import evaluate
 from tropism.run.report import spread
 
+matplotlib.use("Agg")
 REWARDS = {"jpeg": "jpeg", "count": "shapes-count", "aesthetic": "shapes-aesthetic"}
 UPDATES, N = 12, 200
 AT = (0.0, 0.25, 0.75, 1.0, 1.5)
@@ -156,6 +159,25 @@ def told(rows: list[dict]) -> None:
         )
 
 
+def drawing(rows: list[dict], file: Path) -> None:
+    """Predicted lines and measured points of the first seed, a panel a dial and quantity."""
+    first = [r for r in rows if (r["known"], r["few"], r["seed"]) == (*PROBED[0], rows[0]["seed"])]
+    panels = list(dict.fromkeys((r["dial"], r["quantity"]) for r in first))
+    figure, axes = pyplot.subplots(3, 3, figsize=(10, 7.5))
+    for axis, (name, quantity) in zip(axes.flat, panels, strict=True):
+        mine = [r for r in first if (r["dial"], r["quantity"]) == (name, quantity)]
+        column = lambda key, mine=mine: [r[key] for r in mine]
+        axis.plot(column("place"), column("predicted"), "o-", color="#2f6690", label="predicted", ms=3.5)
+        axis.errorbar(
+            column("place"), column("measured"), column("s.e."), fmt="s", color="#d1495b", label="200 fresh", ms=3.5
+        )
+        axis.set_title(f"{name}: {quantity}", fontsize=9, loc="left")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0,1,2")
@@ -176,6 +198,7 @@ def main():
             columns.writeheader()
             columns.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         told(rows)
+        drawing(rows, run.out / "dial.png")
 
 
 if __name__ == "__main__":

@@ -275,21 +275,12 @@ def compare(
 def dial(
     runs: Annotated[list[str], typer.Argument(help="A run folder of align, or two of one base model to mix.")],
     out: Annotated[Path, typer.Option(help="A new folder for the page.")],
-    at: Annotated[
-        list[float],
-        typer.Option(
-            help="A strength, or weight of the second adapter, to draw; repeatable (default: 0, 0.25, ... 1.5)."
-        ),
-    ] = [],  # noqa: B006 typer copies it
+    at: Annotated[list[float], typer.Option(help="A strength (two: weight of the second) to draw, repeatable.")] = [],  # noqa: B006
     pictures: Annotated[int, typer.Option(help="Held-out prompts drawn at each setting.")] = 16,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Draw only the 16 pictures that the prediction needs.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Draw only the prediction's 16 pictures.")] = False,
     phases: Annotated[bool, typer.Option("--phases", help="Also vary each third of the chain alone.")] = False,
     check: Annotated[int, typer.Option(help="Fresh pictures a setting to hold the prediction against.")] = 0,
-    keep: Annotated[
-        float, typer.Option(help="Share of the base's diversity that the recommended setting keeps.")
-    ] = 0.9,
+    keep: Annotated[float, typer.Option(help="Least share of the base's diversity to recommend.")] = 0.9,
     reward: Annotated[list[str], typer.Option(help="The run's reward, where it was made in Python.")] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
     device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",

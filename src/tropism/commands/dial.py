@@ -229,7 +229,8 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
         )
     if len(images) != len(asked):
         raise UserError(
-            f"{runs[0]} was evaluated with {len(images)} pictures of {len(asked)} prompts; the dial reads one each. Name a run of `tropism align`."
+            f"{runs[0]} was evaluated with {len(images)} pictures of {len(asked)} prompts; the dial reads one each. Name a run of "
+            "`tropism align`."
         )
     steps, guidance = deployed(first)
     model = trained_model(folders[0], first, device, dtype)
