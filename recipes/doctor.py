@@ -5,7 +5,8 @@
 planted.csv: every fault of tests/doctor, the library's own list and those of the field, on two models each where it can be: rewards
 on a small model of one's own and on the bundled `shapes`, models on a tiny Stable Diffusion 1 and on `shapes`. named: the check
 that is about it spoke, at its level; alone: nothing else did. healthy.csv: set-ups without a fault, and what was said of them.
-seconds: processor time of one thread. Nothing is drawn at random (seed 0 throughout).
+seconds: processor time of one thread. Nothing is drawn at random (seed 0 throughout). A run goes on where it stopped; delete the files
+to begin anew.
 """
 
 import argparse
@@ -49,22 +50,24 @@ def examined(model, reward, batch, guidance, gradient=True, autocast=False):
     return [(f.level, f.check) for f in found if f.level != "note"], time.process_time() - began
 
 
-def cases():
-    """(kind, bug, where it happened, check, level, source, what is done)."""
+def cases(small: bool):
+    """Of the small models or of `shapes`: (kind, bug, where it happened, check, level, source, what is done)."""
     for kind, own, of_field in (
         ("reward", faults.REWARDS, field_faults.REWARDS),
         ("model", faults.MODELS, field_faults.MODELS),
         ("reward without gradient", {}, field_faults.BLACK_BOX),
     ):
         every = {n: (*row, "") for n, row in own.items()} | of_field
-        for source in ("own", "shapes") if kind != "model" else ("sd1", "shapes"):
-            for bug, (check, level, what, where) in every.items():
-                if not (source == "shapes" and bug in OTHER_SIZE):
-                    yield kind, bug, where, check, level, source, what
+        source = "shapes" if not small else "sd1" if kind == "model" else "own"
+        for bug, (check, level, what, where) in every.items():
+            if not (source == "shapes" and bug in OTHER_SIZE):
+                yield kind, bug, where, check, level, source, what
 
 
-def planted(folders: Folders):
-    for kind, bug, where, check, level, source, what in cases():
+def planted(folders: Folders, small: bool, done: set):
+    for kind, bug, where, check, level, source, what in cases(small):
+        if (kind, bug, source) in done:
+            continue
         model = loaded(folders, source, {})
         if kind == "model":
             what(model)
@@ -87,25 +90,28 @@ def planted(folders: Folders):
         }
 
 
-def healthy(folders: Folders):
+def healthy(folders: Folders, done: set):
     every = {n: (*row, True, health.batch_of(row[0])) for n, row in health.HEALTHY.items()} | health.MORE
     for name, (source, options, reward, guidance, gradient, batch) in every.items():
+        if (name,) in done:
+            continue
         model = loaded(folders, source, options)
         said, seconds = examined(model, health.reward_of(reward), batch, guidance, gradient)
         yield {"set-up": name, "alarms": "; ".join(f"{s} {c}" for s, c in said), "seconds": f"{seconds:.2f}"}
 
 
-def written(rows, file: Path) -> list[dict]:
-    kept = []
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        for row in rows:
-            if not kept:
-                out = csv.DictWriter(stream, list(row), lineterminator="\n")
+def read(file: Path) -> list[dict]:
+    return list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
+
+
+def written(rows, file: Path) -> None:
+    """Append rows as they come, so that a run goes on where it stopped."""
+    for row in rows:
+        with file.open("a", newline="", encoding="utf-8") as stream:
+            out = csv.DictWriter(stream, list(row), lineterminator="\n")
+            if not stream.tell():
                 out.writeheader()
             out.writerow(row)
-            stream.flush()
-            kept.append(row)
-    return kept
 
 
 def main() -> None:
@@ -114,15 +120,19 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    faulty, well = out / "planted.csv", out / "healthy.csv"
+    done = {(r["kind"], r["bug"], r["model"]) for r in read(faulty)}
     with tempfile.TemporaryDirectory() as place:
         folders = Folders(Path(place))
-        found = written(planted(folders), out / "planted.csv")
-        well = written(healthy(folders), out / "healthy.csv")
+        written(planted(folders, True, done), faulty)
+        written(healthy(folders, {(r["set-up"],) for r in read(well)}), well)
+        written(planted(folders, False, done), faulty)
+    found, well = read(faulty), read(well)
     for first in (True, False):
         rows = [r for r in found if (r["model"] != "shapes") == first]
         print(
-            f"{'Small models' if first else 'shapes'}: {sum(r['named'] for r in rows)} of {len(rows)} faults named, "
-            f"{sum(r['alone'] for r in rows)} of them alone, at most {max(float(r['seconds']) for r in rows):.1f} s."
+            f"{'Small models' if first else 'shapes'}: {sum(r['named'] == 'True' for r in rows)} of {len(rows)} faults named, "
+            f"{sum(r['alone'] == 'True' for r in rows)} of them alone, at most {max(float(r['seconds']) for r in rows):.1f} s."
         )
     print(
         f"{sum(bool(r['alarms']) for r in well)} of {len(well)} healthy set-ups alarmed, "

@@ -122,12 +122,13 @@ def _late_gradient(case: Case) -> float:
 def _base_has_graph(case: Case) -> bool:
     """Whether the base's prediction hangs on the latents, if the adapted one does."""
     x = case.x[:1].detach().requires_grad_()
+    reaches = lambda: bool(_pulled_back(case, case.predict(x), x).any())
     try:
         with case.model.base():
-            inside = case.predict(x).requires_grad
+            inside = reaches()
     except UserError:  # there is no base, and base says so
         return True
-    return inside or not case.predict(x).requires_grad
+    return inside or not reaches()
 
 
 def _pulled_back(case: Case, out: Tensor, x: Tensor) -> Tensor:

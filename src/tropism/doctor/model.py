@@ -198,7 +198,7 @@ def _two_prompts(case: Case) -> list[Cond]:
 def guidance(case: Case) -> Iterator[Finding]:
     """predict is uncond + w (cond - uncond), and its w = 0 end does not hear the prompt."""
     rows = getattr(case.model, "rows", None)
-    if case.guidance == 1 or (rows is not None and rows(3.0) == 1):  # off, or distilled into the network
+    if not _is_guided(case):
         return
     first, *other = _two_prompts(case)
     zero, one, three = (case.predict(cond=first, guidance=w) for w in (0.0, 1.0, 3.0))
@@ -233,11 +233,17 @@ def guidance(case: Case) -> Iterator[Finding]:
         yield proof(f"guidance is uncond + w (cond - uncond) to {curved:.1g}", curved)
 
 
+def _is_guided(case: Case) -> bool:
+    """Whether guidance is neither off nor distilled into the network."""
+    rows = getattr(case.model, "rows", None)
+    return case.guidance != 1 and (rows is None or rows(3.0) != 1)
+
+
 @torch.no_grad()
 def negative_prompts(case: Case) -> Iterator[Finding]:
     """Where the run has negative prompts, another one gives another guided prediction."""
     own = [text for text in case.asked.negative_prompts or () if text and text != NEGATIVE]
-    if case.guidance == 1 or not own:
+    if not own or not _is_guided(case):
         return
     asked = [replace(case.batch[[0]], negative_prompts=[text], parent=None) for text in (own[0], NEGATIVE)]
     mine, other = (case.predict(cond=case.model.encode(batch, case.draw[:1])) for batch in asked)

@@ -49,7 +49,7 @@ class _Apart:
     """One tracker in a thread of its own: whatever it raises is said once, and however long it takes, nobody waits but `close`."""
 
     def __init__(self, name: str, start: Callable[[], Any], say: Callable[[str], None]):
-        self.name, self.start, self.say, self.is_off = name, start, say, False
+        self.name, self.start, self.say, self.is_off, self.wait = name, start, say, False, WAIT
         self.rows: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue(BEHIND)
         self.thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
         self.thread.start()
@@ -72,13 +72,14 @@ class _Apart:
         try:
             self.rows.put_nowait(row)
         except queue.Full:
+            self.wait = 0.0  # it has had its time
             self._off(f"is {BEHIND} rows behind and is switched off")
 
     def close(self) -> None:
         self._put(None)
-        self.thread.join(0 if self.is_off else WAIT)
+        self.thread.join(self.wait)
         if self.thread.is_alive():
-            self._off(f"did not end within {WAIT:g} s and is left behind")
+            self._off(f"did not end within {self.wait:g} s and is left behind")
 
     def _off(self, why: str) -> None:
         if not self.is_off:
