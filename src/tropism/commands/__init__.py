@@ -4,6 +4,7 @@ from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
+from tropism.commands.race import plan_from, race
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
@@ -22,6 +23,8 @@ __all__ = [
     "export",
     "guide",
     "mix",
+    "plan_from",
     "pretrain",
+    "race",
     "serve",
 ]
