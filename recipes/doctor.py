@@ -1,6 +1,6 @@
 """Does the doctor name planted faults, and keep silent where nothing is wrong?
 
-    python recipes/doctor.py --out docs/results/doctor       10 minutes on one core
+    python recipes/doctor.py --out docs/results/doctor       9 minutes on one core
 
 planted.csv: every fault of tests/doctor, the library's own list and those of the field, on two models each where it can be: rewards
 on a small model of one's own and on the bundled `shapes`, models on a tiny Stable Diffusion 1 and on `shapes`. named: the check
