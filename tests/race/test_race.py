@@ -65,7 +65,9 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     capsys.readouterr()
     race(plan(folder, tmp_path), out=out)
     assert capsys.readouterr().out == "" and {f: (out / f).read_bytes() for f in files} == before
-    with pytest.raises(UserError, match="holds a run of"):
+    with pytest.raises(
+        UserError, match=r"holds a run of .* settings (lr 0.001 instead of 2.0|eta 1.0 instead of unset)"
+    ):
         race(plan(folder, tmp_path, methods={"DDPO": {"method": "ddpo", "search": [{"lr": 2.0}]}}, longer={}), out=out)
 
 

@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,10 @@ def race(
     Raises UserError for a plan that cannot be.
     """
     out, only = Path(out), only or {}
-    plan = replace(plan, settings={**plan.settings, "device": device, "dtype": dtype, "threads": threads})
+    place = {"device": device, "dtype": dtype, "threads": threads}
     for entry in plan.entries:
         for config in entry.search:
-            _resolved(plan, entry, config)
+            _resolved(plan, entry, config, {})
     objectives = [o for o in plan.objectives if only.get("objective", o.name) == o.name]
     entries = [e for e in plan.entries if only.get("method", e.name) == e.name]
     if not (objectives and entries):
@@ -96,41 +95,42 @@ def race(
     for objective in objectives:
         for entry in entries:
             for job in searches(plan, objective, entry):
-                _done(plan, job, out, bases)
+                _done(plan, job, out, place, bases)
             if search_only:
                 continue
             for job in tests(plan, out, objective, entry):
-                _done(plan, job, out, bases)
+                _done(plan, job, out, place, bases)
     return None if only or search_only else page.write(plan, out, command)
 
 
-def _done(plan: Plan, job: Job, out: Path, bases: dict[str, Evaluation]) -> None:
-    """Run a job unless it is kept. A search run that blows up has lost; a test run that does ends the comparison."""
-    if runs.kept(out, job):
+def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
+    """Run a job unless it is kept. A search run that blows up has lost; a test run that does, or one that cannot start, ends it all."""
+    if runs.kept(out, plan, job):
         return
     Console(soft_wrap=True, highlight=False, markup=False).print(str(job))
-    share = plan.longer.get(job.entry.name, 1.0) if job.is_test else plan.tuning_share
-    budget, failed = {axis: limit * share for axis, limit in plan.budget.items()}, ""
-    folder = job.file(out).with_suffix("")
+    folder, failed = job.file(out).with_suffix(""), ""
     try:
-        _run(plan, job, folder, budget, bases)
+        _run(plan, job, folder, place, bases)
     except UserError as error:
-        if job.is_test:
+        if job.is_test or not (folder / "metrics.jsonl").is_file():
             raise
         failed = str(error)
-    runs.keep(out, job, curves.evaluations(folder), failed)
+    runs.keep(out, plan, job, curves.evaluations(folder), failed)
     if not job.is_test:
         shutil.rmtree(folder)
 
 
-def _resolved(plan: Plan, entry: Entry, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings of `align`, options of the method). Raises UserError for a name that is neither."""
+def _resolved(
+    plan: Plan, entry: Entry, config: Mapping[str, Any], place: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings of `align`, options of the method). place: device, dtype and threads, where the plan names none.
+
+    Raises UserError for a name that is neither.
+    """
     defaults = {n: p.default for n, p in inspect.signature(align).parameters.items() if n not in NOT_CONFIG}
     own = request.hyperparameters(METHODS[entry.method])
-    asked = {**plan.settings, **entry.settings, **config}
-    common = [
-        n for n in plan.settings if n not in own and n in _anyones()
-    ]  # another method's option, meant for all that have it
+    asked = {**place, **plan.settings, **entry.settings, **config}
+    common = [n for n in plan.settings if n in _anyones()]  # an option of some methods, meant for all that have it
     for name in asked:
         if name not in common:
             known(name, [*(n for n in defaults if n not in OF_RACE), *own], f"setting of {entry.name}")
@@ -142,12 +142,16 @@ def _anyones() -> set[str]:
     return {name for method in METHODS.values() for name in request.hyperparameters(method)}
 
 
-def _run(plan: Plan, job: Job, folder: Path, budget: Mapping[str, float], bases: dict[str, Evaluation]) -> None:
-    """Train with a budget into a run folder. bases: evaluations of base models so far, by how they were drawn."""
-    entry, objective = job.entry, job.objective
-    settings, options = _resolved(plan, entry, job.overlay)
+def _run(plan: Plan, job: Job, folder: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
+    """Train with the job's budget into a run folder. bases: evaluations of base models so far, by how they were drawn."""
+    entry, objective, budget = job.entry, job.objective, runs.asked_of(plan, job)["budget"]
+    settings, options = _resolved(plan, entry, job.overlay, place)
     settings |= {"method": entry.method, "out": str(folder), "seed": job.seed, "watch": list(objective.watch)}
-    settings |= {"updates": MOST_UPDATES, "evaluate_every": 0, "budget": [f"{a}={v:g}" for a, v in budget.items()]}
+    settings |= {
+        "updates": MOST_UPDATES,
+        "evaluate_every": 0,
+        "budget": [f"{a}={v:g}" for a, v in budget.items() if a != "priced"],
+    }
     function, reward = METHODS[entry.method], list(objective.reward)
     asked = request.read(entry.method, function, plan.model, reward, options, settings)
     asked.embed()
@@ -165,6 +169,7 @@ def _run(plan: Plan, job: Job, folder: Path, budget: Mapping[str, float], bases:
                 evaluate=judge,
                 evaluate_points=plan.points if job.is_test else 0,
                 budget=budget,
+                prices=objective.prices,
                 keep=1,
                 **{name: settings[name] for name in OF_FIT},
             )

@@ -60,7 +60,7 @@ def tests(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Job
     if plan.tuned(entry):
         found: list[list[Curve]] = [[] for _ in entry.search]
         for job in searches(plan, objective, entry):
-            if curve := runs.curve(out, job):
+            if curve := runs.curve(out, plan, job):
                 found[job.config].append(curve)
         config = curves.chosen(found, objective.gold)
     return [Job(objective, entry, config, seed, is_test=True) for seed in plan.seeds]
@@ -68,7 +68,7 @@ def tests(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Job
 
 def tested(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Curve]:
     """The curves of a method's test runs. Raises UserError if one is not there."""
-    found = [runs.curve(out, job) for job in tests(plan, out, objective, entry)]
+    found = [runs.curve(out, plan, job) for job in tests(plan, out, objective, entry)]
     if any(c is None for c in found):
         raise UserError(
             f"{objective.name}: {entry.name} is not finished in {out}. Run the comparison again to go on with it."
@@ -182,8 +182,10 @@ def _searched(plan: Plan, out: Path) -> list[dict[str, Any]]:
         for entry in plan.entries:
             for k in range(len(entry.search)) if plan.tuned(entry) else ():
                 jobs = [job for job in searches(plan, objective, entry) if job.config == k]
-                found = [runs.curve(out, job) for job in jobs]
-                why = next((told["failed"] for job in jobs if (told := runs.kept(out, job)) and told["failed"]), "")
+                found = [runs.curve(out, plan, job) for job in jobs]
+                why = next(
+                    (told["failed"] for job in jobs if (told := runs.kept(out, plan, job)) and told["failed"]), ""
+                )
                 score = float(np.mean([math.nan if c is None else c.last(objective.gold) for c in found]))
                 own = {"objective": objective.name, "method": entry.name, "config": entry.search[k]}
                 rows.append({**own, "score": score, "why": why})

@@ -13,7 +13,7 @@ from typing import Any
 
 from tropism.core import UserError
 from tropism.race.curves import Curve, curve_of
-from tropism.race.plan import Entry, Objective
+from tropism.race.plan import Entry, Objective, Plan
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,51 @@ class Job:
         return f"{self.objective.name}: {self.entry.name}, {what} {dict(self.overlay)}, seed {self.seed}"
 
 
-def keep(out: Path, job: Job, rows: list[dict[str, Any]], failed: str = "") -> None:
+def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
+    """All that a run's result depends on, as plain values."""
+    share = plan.longer.get(job.entry.name, 1.0) if job.is_test else plan.tuning_share
+    own = {"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method}
+    budget = {axis: limit * share for axis, limit in plan.budget.items()}
+    settings = {**plan.settings, **job.entry.settings, **job.overlay}
+    return own | {"settings": settings, "budget": budget, "prices": dict(job.objective.prices), "seed": job.seed}
+
+
+def keep(out: Path, plan: Plan, job: Job, rows: list[dict[str, Any]], failed: str = "") -> None:
     """Write a finished run, whole or not at all. failed: what a run that could not go on said."""
-    told = {"config": dict(job.overlay), "settings": dict(job.entry.settings), "failed": failed, "evaluations": rows}
+    told = asked_of(plan, job) | {"config": dict(job.overlay), "failed": failed, "evaluations": rows}
     temporary = job.file(out).with_suffix(".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(told) + "\n", "utf-8")
     temporary.replace(job.file(out))
 
 
-def kept(out: Path, job: Job) -> dict[str, Any] | None:
-    """What was kept of a run; None if it is not finished. Raises UserError for a run of another configuration."""
+def kept(out: Path, plan: Plan, job: Job) -> dict[str, Any] | None:
+    """What was kept of a run; None if it is not finished. Raises UserError for a run of something else than the plan asks for."""
     file = job.file(out)
     if not file.is_file():
         return None
     told = json.loads(file.read_text("utf-8"))
-    held, asked = told["settings"] | told["config"], dict(job.entry.settings) | dict(job.overlay)
-    if held != asked:
-        raise UserError(f"{file} holds a run of {held}, but the plan asks for {asked}. Choose another --out.")
+    held, asked = _flat(told), _flat(json.loads(json.dumps(asked_of(plan, job))))
+    changed = [n for n in asked if held.get(n) != asked[n]] + [
+        n for n in held if n.startswith("settings ") and n not in asked
+    ]
+    if changed:
+        odd = changed[0]
+        raise UserError(
+            f"{file} holds a run of something else than the plan asks for: {odd} {held.get(odd, 'unset')} instead of "
+            f"{asked.get(odd, 'unset')}. Choose another --out, or take the plan it was begun with."
+        )
     return told
 
 
-def curve(out: Path, job: Job) -> Curve | None:
+def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
     """The curve of a finished run; None for one that failed or is not there."""
-    told = kept(out, job)
+    told = kept(out, plan, job)
     return curve_of(told["evaluations"]) if told and not told["failed"] else None
+
+
+def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run depends on, one level deep."""
+    own = {n: told.get(n) for n in ("model", "reward", "method", "seed")}
+    inner = {f"{n} {k}": v for n in ("settings", "budget", "prices") for k, v in told.get(n, {}).items()}
+    return own | inner
