@@ -87,7 +87,7 @@ def read(
     hyper = _resolved(function, model_, options)
     train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
-    check_prompts(reward_, [p.text for p in train + held])
+    check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
     _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
