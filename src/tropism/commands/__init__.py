@@ -4,6 +4,7 @@ from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
+from tropism.commands.reproduce import Reproduced, reproduce
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "Distilled",
     "GuidedRun",
+    "Reproduced",
     "Run",
     "align",
     "compare",
@@ -23,5 +25,6 @@ __all__ = [
     "guide",
     "mix",
     "pretrain",
+    "reproduce",
     "serve",
 ]
