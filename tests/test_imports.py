@@ -18,6 +18,7 @@ ORDER = [
     {"scene"},
     {"doctor"},
     {"run"},
+    {"race"},
     {"commands"},
     {"flags"},
     {"cli"},

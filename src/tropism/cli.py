@@ -61,10 +61,14 @@ HELP = {
     "t5": "Read the T5 text encoder (Stable Diffusion 3 can do without).",
     "scheduler": "KEY=VALUE of the scheduler's configuration to replace, repeatable: timestep_spacing=trailing, shift=3.",
     "seed": "Seed of every random draw.",
+    "budget": "AXIS=LIMIT, repeatable: seconds=600, cpu_seconds, reward_queries, reward_gradients, forwards, backwards or decodes.",
     "evaluate_every": "Updates between held-out evaluations.",
     "evaluate_prompts": "Held-out prompts at most.",
     "evaluate_steps": "Steps at deployment (default: those of training).",
     "evaluate_guidance": "Guidance at deployment (default: that of training).",
+    "evaluate_eta": "Eta at deployment (default: that of training).",
+    "on_alarm": "On over-optimisation: keep its best weights beside the last, stop with them, shrink (back to them, half the rate), off.",
+    "watch": "A reward to measure beside the trained one, and never train on; repeatable.",
     "checkpoint_every": "Updates between checkpoints.",
     "resume": "Go on with the run in --out.",
     "overwrite": "Replace the run in --out.",
@@ -236,20 +240,35 @@ def mix(
 
 @app.command()
 def compare(
+    out: Annotated[Path, typer.Option(help="A new folder for the page; with methods, one to go on with too.")],
     runs: Annotated[
-        list[str], typer.Argument(help="Run folders of guide, align and align distil; a guided one first.")
-    ],
-    out: Annotated[Path, typer.Option(help="A new folder for the page.")],
+        list[str] | None, typer.Argument(help="Run folders of guide, align and align distil; a guided one first.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Methods to run at one budget: a YAML file (docs/compare.md).")
+    ] = None,
+    method: Annotated[list[str], typer.Option(help="A method to run, with the search of six; repeatable.")] = [],  # noqa: B006
+    model: Annotated[str, typer.Option(help="With --method: " + HELP["model"])] = "shapes",
+    reward: Annotated[list[str], typer.Option(help="With --method: " + HELP["reward"])] = [],  # noqa: B006
+    gold: Annotated[str, typer.Option(help="With --method: the measure that settles which is better.")] = "reward",
+    watch: Annotated[list[str], typer.Option(help="With --method: " + HELP["watch"])] = [],  # noqa: B006
+    prompts: Annotated[str | None, typer.Option(help="With --method: " + HELP["prompts"])] = None,
+    budget: Annotated[list[str], typer.Option(help="With --method, of a run: " + HELP["budget"])] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="With --method: test seeds.")] = 5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
     device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
     dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
     threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
 ) -> None:
-    """Guided and trained runs on one page, with both costs: when is training needed at all?"""
+    """Finished runs on one page, with what each cost; or methods, run at one budget with the same search and several seeds."""
     from tropism import commands
 
-    how = {"overwrite": overwrite, "device": device, "dtype": dtype, "threads": threads}
-    commands.compare(runs, out=out, command=_command_line(), **how)
+    how = {"device": device, "dtype": dtype, "threads": threads}
+    if plan is None and not method:
+        commands.compare(runs or [], out=out, overwrite=overwrite, command=_command_line(), **how)
+        return
+    asked = commands.plan_from(plan, method, model, reward, gold, watch, prompts, budget, seeds)
+    typer.echo(f"See {commands.race(asked, out=out, command=_command_line(), **how)}")
 
 
 @app.command()

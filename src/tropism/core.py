@@ -269,13 +269,14 @@ def scored_parts(reward: Reward, samples: Tensor, batch: Batch) -> tuple[Tensor,
 
 @dataclass
 class Info:
-    """What an update reports: the samples its loss sums over, per-sample columns (B,), scalars, pictures, and call counts."""
+    """What an update reports: the samples its loss sums over, per-sample columns (B,), scalars, pictures, last states, call counts."""
 
     samples: int
     columns: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     images: Tensor | None = None
+    latents: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- small mathematics

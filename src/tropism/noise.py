@@ -30,6 +30,7 @@ class Stream(IntEnum):
     TRUNCATION = 7
     SHUFFLE = 8
     EVAL = 9
+    WATCH = 10
 
 
 _WORD = (1 << 64) - 1

@@ -86,7 +86,7 @@ def test_what_an_update_reports():
     assert info.scalars["cosine/one|two"] == pytest.approx(-1)  # they pull against each other
     assert info.scalars["part_norm/two"] == pytest.approx(1.5 * info.scalars["part_norm/one"])
     rows = {"forward": 2 * 6 * 10, "recompute": 2 * 6 * 3, "backward": 2 * 6 * 3}
-    assert info.calls == {**rows, "decode": 6, "reward": 6}
+    assert info.calls == {**rows, "decode": 6, "reward": 6, "reward_gradient": 18}  # of the sum, and of each part alone
 
 
 class Late(ToyModel):

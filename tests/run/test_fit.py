@@ -436,8 +436,10 @@ def test_row_of_an_update(tmp_path):
         "micro_batch",
         "gradient_norm",
         "calls",
+        "spent",
     }
     assert rows[1]["calls"] == {"network": 8}
+    assert [row["spent"]["forwards"] for row in rows[1:]] == [8, 16]
     assert rows[2]["held_out/reward"] == 2.0
     assert (tmp_path / "finished").exists()
 

@@ -96,8 +96,10 @@ def run(
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of everything in the newest checkpoint: weights, Adam's moments, EMA and state."""
+    """sha256 of everything in the newest checkpoint but its clocks: weights, Adam's moments, EMA, state and counts."""
     saved, digest = checkpoint.newest(folder / "checkpoints"), hashlib.sha256()
+    for clock in ("seconds", "cpu_seconds"):
+        assert saved.values["spent"].pop(clock) > 0
     digest.update(json.dumps([saved.update, saved.values], sort_keys=True).encode())
     for group in sorted(saved.tensors):
         for name, value in sorted(saved.tensors[group].items()):

@@ -83,7 +83,7 @@ def ddpo(
         for part, rows in enumerate(np.array_split(order, minibatches)):
             gradient, told = ascend(chain, path, own, torch.from_numpy(rows), clip_range, kl, micro_batch)
             told["reward/nonfinite"] = float(lost)
-            info = Info(len(rows), path.columns(), told, images=path.images)
+            info = Info(len(rows), path.columns(), told, images=path.images, latents=path.states[chain.running.stop])
             if epoch == part == 0:
                 info.calls |= {"forward": path.rows, "decode": len(batch), "reward": len(batch)}
             info.calls |= {"recompute": int(told.pop("rows")), "backward": int(told.pop("backward"))}

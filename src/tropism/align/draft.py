@@ -77,7 +77,8 @@ def draft_lv(
         again, start = _noised(chain, found.ends, n)
         copies.append(climb(again, start, loss, micro_batch))
     value, info = step_of(chain, _mean(found, copies))
-    info.calls |= {"decode": (1 + noised) * len(batch), "reward": (1 + noised) * len(batch)}
+    for name in ("decode", "reward", "reward_gradient"):
+        info.calls[name] += noised * len(batch)
     yield value, info
     return state
 

@@ -62,7 +62,10 @@ class Scaled:
                     batch, state=state, update=update, seed=seed, micro_batch=micro_batch
                 )
             )
-        scales = state.get("scales") or self._measured(batch, seed, micro_batch)
+        network = getattr(self.model, "calls", {})
+        before, known = network.get("network", 0), state.get("scales")
+        scales = known or self._measured(batch, seed, micro_batch)
+        begun = {"forward": network.get("network", 0) - before, **({} if known else _of_samples(self.kind, len(batch)))}
         following, own = scales, {}
         steps = self.function(self._at(update, scales))(
             batch, state=state.get("own", {}), update=update, seed=seed, micro_batch=micro_batch
@@ -77,6 +80,8 @@ class Scaled:
             info.scalars |= {f"scale/{name}": spread for name, (_, spread) in scales.items()}
             if self.kind != "none":
                 info.columns = self._as_given(info.columns, update)
+            info.calls = {name: info.calls.get(name, 0) + begun.get(name, 0) for name in info.calls | begun}
+            begun = {}
             yield loss, info
         return {"scales": following, "own": own}
 
@@ -135,3 +140,8 @@ class Scaled:
             m, s = new[name]
             mixed[name] = [DECAY * mean + (1 - DECAY) * m, (DECAY * spread**2 + (1 - DECAY) * s**2) ** 0.5]
         return mixed
+
+
+def _of_samples(kind: str, samples: int) -> dict[str, int]:
+    """What the samples that the scales are measured on cost, beside the network."""
+    return {"decode": samples, "reward": samples} if kind != "none" else {}

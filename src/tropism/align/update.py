@@ -73,7 +73,7 @@ def drift_penalty(model: Model, guidance: float, weight: float, active: int, det
 
 def report(swept: Swept, chain: Chain) -> Info:
     """What the update says of itself."""
-    samples = len(chain.batch)
+    samples, parts = len(chain.batch), sum(name.startswith("part_norm/") for name in swept.agreement)
     scalars = {
         "active_steps": float(sum(chain.active[i] for i in chain.running)),
         "clamped": swept.clamped,
@@ -87,6 +87,7 @@ def report(swept: Swept, chain: Chain) -> Info:
         samples,
         {"reward": swept.rewards, **swept.parts},
         scalars,
-        {**swept.rows, "decode": samples, "reward": samples},
+        {**swept.rows, "decode": samples, "reward": samples, "reward_gradient": samples * (1 + parts)},
         swept.images,
+        swept.ends,
     )

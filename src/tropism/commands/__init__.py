@@ -4,6 +4,7 @@ from tropism.commands.compare import compare
 from tropism.commands.decode import GUIDES, GuidedRun, guide
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
+from tropism.commands.race import plan_from, race
 from tropism.commands.reproduce import Reproduced, reproduce
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
@@ -24,7 +25,9 @@ __all__ = [
     "export",
     "guide",
     "mix",
+    "plan_from",
     "pretrain",
+    "race",
     "reproduce",
     "serve",
 ]

@@ -14,7 +14,7 @@ from tropism.models import lora
 from tropism.models.latent import Latent
 from tropism.models.load import is_of_tokens, load_model
 from tropism.models.lora import LoraSettings
-from tropism.run import compared
+from tropism.run import compared, ledger
 from tropism.run.checks import overrides, set_up
 from tropism.run.compared import Entry
 from tropism.run.guided import Kept, finished_run, redrawn, spelled
@@ -142,10 +142,9 @@ def _spent(run: Path, config: dict[str, Any]) -> tuple[float, float]:
     network = rewards = 0.0
     for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
         calls = json.loads(line).get("calls", {})
-        network += sum(calls.get(kind, 0) for kind in ("network", "forward", "recompute")) + 2 * calls.get(
-            "backward", 0
-        )
-        rewards += calls.get("reward", 0)
+        spent = ledger.cost(calls, 0, 0)
+        network += spent["forwards"] + 2 * spent["backwards"]
+        rewards += spent["reward_queries"]
     if config["method"] == "distil":
         teacher = finished_run(run / config["run"])
         total = lambda name: sum(piece.costs.get(name, 0) for piece in teacher.pieces) + teacher.before.get(name, 0)

@@ -24,13 +24,14 @@ from tropism.models.load import BUNDLED
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import own_rows
 from tropism.rewards.workers import end, ended
-from tropism.run import request
+from tropism.run import ledger, request
 from tropism.run.checks import known, numbers_of, set_up
 from tropism.run.evaluate import Evaluation
 from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
 from tropism.run.record import Recorder
 from tropism.run.request import Request
+from tropism.run.watch import Watch
 
 METHODS = {
     "alignprop": alignprop,
@@ -93,10 +94,14 @@ def align(
     workers: int = 0,
     timeout: float = 60.0,
     held_out: str | Path | Sequence[str] | None = None,
+    budget: Sequence[str] = (),
     evaluate_every: int = 10,
     evaluate_prompts: int = 32,
     evaluate_steps: int | None = None,
     evaluate_guidance: float | None = None,
+    evaluate_eta: float | None = None,
+    on_alarm: str = "keep",
+    watch: Sequence[Reward | str] = (),
     checkpoint_every: int = 10,
     resume: bool = False,
     overwrite: bool = False,
@@ -122,41 +127,54 @@ def align(
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
     workers: processes that a slow reward without a gradient runs in (ddpo), each sample with a limit of `timeout` seconds (over it, -inf).
-    evaluate_steps, evaluate_guidance: deployment settings, default those of training. dry_run: check everything, then stop.
+    budget: "AXIS=LIMIT": the update that reaches one ends the run before `updates` do; seconds, cpu_seconds, reward_queries,
+    reward_gradients, forwards, backwards (rows of the network) or decodes, evaluations not counted.
+    evaluate_steps, evaluate_guidance, evaluate_eta: deployment settings, default those of training. watch: rewards that evaluations
+    measure beside it and nothing is trained on, as many as there are. on_alarm: when these fall while the trained reward rises, or
+    the samples become all alike, "keep" the best weights beside the last, "stop" with them, "shrink": go back to them at half the
+    rate, or "off": do not watch. dry_run: check everything, then stop.
     doctor: prove first, in seconds, that the gradient arrives; a fault is a UserError.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
     function = METHODS[known(method, METHODS, "method")]
     asked = request.read(method, function, model, reward, options or {}, settings)
-    step = _bound(function, asked, normalise, numbers_of("ramp", ramp))
+    step = bound(function, asked, normalise, numbers_of("ramp", ramp))
     if not dry_run:
         asked.embed()
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked, remarks)
-    config = request.as_plain(
-        {**settings, "model": str(model), "reward": request.spelled(reward), "options": asked.hyper}
-    )
+    watched = [request.spelled(w)[0] for w in watch]
+    kept = {
+        **settings,
+        "model": str(model),
+        "reward": request.spelled(reward),
+        "watch": watched,
+        "options": asked.hyper,
+    }
+    config = request.as_plain(kept)
     recording = Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers)
     with recording as recorder, ended(asked.reward):
         for text in remarks:
             recorder.say(text)
-        identity = request.identity(model, reward)
-        judge = Judge(Path(out), asked.model, asked.reward, asked.held, *asked.sampling(), seed, batch, identity)
+        judge = judge_of(asked, Path(out), request.identity(model, reward))
         if resume:
             judge.check_begun()
         of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)
-        products = Products(Path(out), method, *of_run)
+        watching = _watch(asked, judge, Path(out))
+        products = Products(Path(out), method, *of_run, watching.best)
         result = fit(
             step,
             asked.model.trainable(),
-            lambda update: own_rows(asked.batch(update)),
+            watching.batches,
             recorder=recorder,
             resume=resume,
-            evaluate=judge,
+            evaluate=watching,
+            watch=watching,
             callback=callback,
             finish=products.write,
+            budget=ledger.budget_of(budget),
             **{name: settings[name] for name in OF_FIT},
         )
     return Run(Path(out), judge.before, judge.after, result, products.difference)
@@ -186,7 +204,23 @@ def _say_ready(asked: Request, remarks: Sequence[str]) -> None:
     )
 
 
-def _bound(function: Callable, asked: Request, normalise: str, ramps: Mapping[str, float]) -> Scaled:
+def judge_of(
+    asked: Request, out: Path, identity: dict[str, str], per_prompt: int = 1, before: Evaluation | None = None
+) -> Judge:
+    """The evaluation of a run; per_prompt, before: see `Judge`."""
+    settings = asked.settings
+    how = (*asked.sampling(), settings["seed"], settings["batch"], identity)
+    more = {"eta": settings["evaluate_eta"], "watch": asked.watch, "per_prompt": per_prompt, "before": before}
+    return Judge(out, asked.model, asked.reward, asked.held, *how, **more)
+
+
+def _watch(asked: Request, judge: Judge, out: Path) -> Watch:
+    batches = lambda update: own_rows(asked.batch(update))
+    chain = (asked.hyper.get("steps", 50), asked.hyper.get("guidance", 1.0))
+    return Watch(out, asked.model, judge, batches, asked.settings["seed"], *chain, asked.settings["on_alarm"])
+
+
+def bound(function: Callable, asked: Request, normalise: str, ramps: Mapping[str, float]) -> Scaled:
     """The algorithm with its model and hyperparameters bound, its rewards on their scales."""
     hyper = {n: asked.hyper[n] for n in ("steps", "guidance")}
     bound = lambda reward: partial(function, asked.model, reward, **asked.hyper)

@@ -14,7 +14,9 @@ from torch import Tensor
 from tropism.align.truncation import check_policy
 from tropism.align.update import reward_loss
 from tropism.core import Info, Model, UserError
+from tropism.run.ledger import budget_of
 from tropism.run.optimiser import schedule_of
+from tropism.run.sentinel import REACTIONS
 
 _METHODS = "or take a method that needs no gradient (guide svdd)"
 
@@ -135,6 +137,8 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     if not 0 <= settings["ema"] < 1:
         raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")
     schedule_of(settings["schedule"])
+    budget_of(settings["budget"])
+    known(settings["on_alarm"], REACTIONS, "reaction to an alarm")
 
 
 def check_chain(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +62,14 @@ def evaluate(
     measures: Mapping[str, Measure] | None = None,
     batch_size: int = 16,
     base: Tensor | None = None,
+    eta: float | None = None,
+    watch: Mapping[str, Reward] | None = None,
 ) -> Evaluation:
     """Draw `per_prompt` pictures of every prompt and measure them; one seed gives one noise for any batch size.
 
-    prompts: texts, or a Batch where negative prompts, metadata or references go with them.
+    prompts: texts, or a Batch where negative prompts, metadata or references go with them. eta: of the chain that draws, in place of
+    the model's own: what is trained on a stochastic chain is mostly used on a deterministic one. watch: rewards that were not
+    trained on, as columns "watch/<name>".
     base: the base model's pictures of the same call (B, 3, H, W); adds the column "drift", the mean squared difference
     of each picture to its twin. Raises UserError for no prompts or a reward of the wrong shape.
     """
@@ -75,11 +81,12 @@ def evaluate(
     repeated = [i for i in range(len(asked)) for _ in range(per_prompt)]
     batch = replace(asked[repeated], index=tuple(range(len(repeated))), rows=(), parent=None)
     images, columns = [], []
-    for at in range(0, len(batch), batch_size):
-        piece = batch[at : at + batch_size]
-        drawn = sample(model, piece, Draw(seed, UPDATE, piece.index), steps=steps, guidance=guidance)
-        images.append(drawn.float().cpu())
-        columns.append(_measured(drawn, piece, reward, measures or {}))
+    with _noise_level(model, eta):
+        for at in range(0, len(batch), batch_size):
+            piece = batch[at : at + batch_size]
+            drawn = sample(model, piece, Draw(seed, UPDATE, piece.index), steps=steps, guidance=guidance)
+            images.append(drawn.float().cpu())
+            columns.append(_measured(drawn, piece, reward, measures or {}, watch or {}))
     pictures = torch.cat(images)
     joined = {n: torch.cat([c[n] for c in columns]) for n in columns[0]}
     if base is not None:
@@ -87,9 +94,25 @@ def evaluate(
     return Evaluation(pictures, joined, list(batch.prompts), diversity(pictures, per_prompt))
 
 
-def _measured(images: Tensor, batch: Batch, reward: Reward, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+@contextmanager
+def _noise_level(model: Any, eta: float | None) -> Iterator[None]:
+    """Inside, the model's chain has this eta; None leaves it. Raises UserError for a process without one."""
+    own = model.process
+    if eta is not None:
+        if not hasattr(own, "eta"):
+            raise UserError("This model's process has no eta, so it cannot be evaluated at another one.")
+        model.process = replace(own, eta=eta)
+    try:
+        yield
+    finally:
+        model.process = own
+
+
+def _measured(
+    images: Tensor, batch: Batch, reward: Reward, measures: Mapping[str, Measure], watch: Mapping[str, Reward]
+) -> dict[str, Tensor]:
     total, parts = scored_parts(reward, images, batch)
-    columns = {"reward": total, **parts}
+    columns = {"reward": total, **parts, **{f"watch/{n}": scored_parts(r, images, batch)[0] for n, r in watch.items()}}
     for name, measure in measures.items():
         columns |= {name if key == name else f"{name}/{key}": v for key, v in measure(images, batch.prompts).items()}
     return {n: v.detach().float().cpu() for n, v in columns.items()}

@@ -10,25 +10,27 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from tropism.core import Batch, Info
-from tropism.run import checkpoint, checks
+from tropism.run import checkpoint, checks, ledger
 from tropism.run.failed import failures_kept
-from tropism.run.optimiser import Optimiser, Parameters, is_distributed, is_main, schedule_of
+from tropism.run.optimiser import Optimiser, Parameters, any_process, is_distributed, is_main, schedule_of
 from tropism.run.record import Recorder
+from tropism.run.rows import merged, statistics
 from tropism.run.signals import Interrupted, Stop, stopping
 
-__all__ = ["FitResult", "Interrupted", "Step", "fit"]
+__all__ = ["FitResult", "Interrupted", "Step", "Watcher", "fit"]
+
+HALF = 0.5
+"""Factor on the learning rate of a run that has gone back to its best weights."""
 
 
 class Step(Protocol):
@@ -37,6 +39,20 @@ class Step(Protocol):
     def __call__(
         self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
     ) -> Generator[tuple[Tensor, Info], None, dict]: ...
+
+
+class Watcher(Protocol):
+    """What looks on: it reports on every update, sounds an alarm, and holds the best weights; see `run.watch.Watch`."""
+
+    on_alarm: str
+
+    def observe(self, update: int, info: Info, before: float, now: float) -> dict[str, float]: ...
+
+    def alarm(self, lines: Sequence[Mapping[str, Any]]) -> str: ...
+
+    def go_back(self, update: int) -> dict[str, Tensor] | None: ...
+
+    def ending(self) -> dict[str, Tensor] | None: ...
 
 
 @dataclass
@@ -67,6 +83,8 @@ class _Run:
     micro_batch: int | None = None
     alive: bool = False
     agreed: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    ended: bool = False
 
     def save(self) -> None:
         if not is_main():
@@ -77,7 +95,10 @@ class _Run:
             self.folder,
             self.update,
             {**self.optimiser.tensors(), "state": tensors},
-            {"state": values, "micro_batch": self.micro_batch, "steps": self.optimiser.steps, "alive": self.alive},
+            {
+                **{"state": values, "micro_batch": self.micro_batch, "steps": self.optimiser.steps},
+                **{"alive": self.alive, "spent": self.spent, "ended": self.ended, "slowed": self.optimiser.slowed},
+            },
             keep=self.keep,
         )
 
@@ -90,7 +111,8 @@ class _Run:
             return (*found.remarks, "No checkpoint is whole: starting at update 0.")
         self.optimiser.load(found.tensors, found.values["steps"])
         self.update, self.micro_batch = found.update, found.values["micro_batch"]
-        self.alive = found.values["alive"]
+        self.alive, self.spent = found.values["alive"], found.values.get("spent", {})
+        self.ended, self.optimiser.slowed = found.values.get("ended", False), found.values.get("slowed", 1.0)
         self.state = {**found.values["state"], **found.tensors.get("state", {})}
         return (*found.remarks, f"Resuming after update {self.update}.")
 
@@ -122,6 +144,9 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_every: int = 0,
+    evaluate_points: int = 0,
+    budget: Mapping[str, float] | None = None,
+    watch: Watcher | None = None,
     callback: Callable[[int, Info], None] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> FitResult:
@@ -133,7 +158,10 @@ def fit(
     schedule: how the learning rate goes over the whole run: "constant", or "linear" or "cosine" down to 0.
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
-    `evaluate_every` (0: never between) and after the last. callback: (updates done, Info). finish: called at the end
+    `evaluate_every` (0: never between) and after the last. budget: {axis of `run.ledger`: limit}; the update that reaches one is the
+    last. evaluate_points: also whenever another of so many parts of the run is done, however many updates that takes. watch: asked after
+    every update for numbers and alarms; on an alarm at an evaluation the run ends with the best weights ("stop") or goes back to them
+    with half the rate ("shrink"). callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
     Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
     or gradient that is not finite, and a full disk; Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
@@ -147,27 +175,50 @@ def fit(
     with failures_kept(Path(out)), stopping() as stop, _full_disk_explained(run.folder), shown:
         if evaluate and run.update == 0:
             recorder.write({"update": 0, **_evaluated(evaluate, run)})
-        while run.update < updates:
-            optimiser.pace(rate(run.update / updates))
+        told = recorder.lines() if watch and is_main() else []
+        while not run.ended and (done := max(run.update / updates, ledger.share(run.spent, budget))) < 1:
+            optimiser.pace(rate(done))
+            before = run.spent.get("forwards", 0.0)
             info, row = _one_update(step, batches(run.update), run, seed, stop)
-            if evaluate and (run.update == updates or (evaluate_every and run.update % evaluate_every == 0)):
+            now = max(run.update / updates, ledger.share(run.spent, budget))
+            last, point = now >= 1, int(now * evaluate_points) > int(done * evaluate_points)
+            if watch:
+                row |= watch.observe(run.update, info, before, run.spent["forwards"])
+                told.append(row)
+            if evaluate and (last or point or (evaluate_every and run.update % evaluate_every == 0)):
                 row |= _evaluated(evaluate, run)
+                last = _reacted(watch, told, run) or last
+            if watch and (alarm := watch.alarm(told)):
+                row["alarm"] = alarm
             recorder.write(row)
-            if _asked(stop, run) or run.update == updates or run.update % checkpoint_every == 0:
+            if _asked(stop, run) or last or run.update % checkpoint_every == 0:
                 run.save()
             if callback:
                 callback(run.update, info)
             _leave_if_asked(stop, run, updates)
-        result = _result(run, first)
+        result = _result(run, first, watch)
         if finish:
             finish()
         _leave_if_asked(stop, run, updates)
     return result
 
 
-def _result(run: _Run, first: int) -> FitResult:
+def _reacted(watch: Watcher | None, told: Sequence[Mapping[str, Any]], run: _Run) -> bool:
+    """Do what an alarm asks for; whether the run ends here. All processes do the same: an alarm of one is an alarm of all."""
+    if watch is None or watch.on_alarm not in ("stop", "shrink") or not any_process(bool(watch.alarm(told))):
+        return False
+    if watch.on_alarm == "stop":
+        run.ended = True
+    elif weights := watch.go_back(run.update):
+        run.optimiser.go_back(weights, HALF)
+    return run.ended
+
+
+def _result(run: _Run, first: int, watch: Watcher | None) -> FitResult:
     weights = {n: p.detach().clone() for n, p in run.optimiser.named.items()}
     run.optimiser.use_average()
+    if run.ended and watch and (best := watch.ending()):
+        run.optimiser.fill(best)
     return FitResult(run.update, first, run.state, run.micro_batch, weights, run.optimiser.average)
 
 
@@ -211,7 +262,7 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> tuple[Info, dict]:
     """Exhaust the generator of one update, then commit the next state: (all that was reported, the record's row)."""
-    began, infos, norms = time.perf_counter(), [], []
+    began, worked, infos, norms = time.perf_counter(), time.process_time(), [], []
     with closing(step(batch, state=run.state, update=run.update, seed=seed, micro_batch=run.micro_batch)) as steps:
         while True:
             try:
@@ -222,15 +273,17 @@ def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> t
             norms.append(_one_step(loss, info, run, stop))
             infos.append(info)
     assert infos, "an algorithm must yield at least once an update"
-    info = merged(infos)
+    info, seconds = merged(infos), time.perf_counter() - began
     _commit(run, state, info)
+    run.spent = ledger.added(run.spent, ledger.cost(info.calls, seconds, time.process_time() - worked))
     row = {
         "update": run.update,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         **statistics(info),
         **info.scalars,
         "gradient_norm": sum(norms) / len(norms),
         "calls": dict(info.calls),
+        "spent": run.spent,
     }
     return info, row
 
@@ -257,43 +310,3 @@ def _commit(run: _Run, state: dict, info: Info) -> None:
     run.micro_batch = int(size) if size else run.micro_batch
     run.state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
     run.update += 1
-
-
-def merged(infos: list[Info]) -> Info:
-    """The reports of one update's yields as one: samples and calls add up; of columns and scalars the last counts."""
-    calls: dict[str, int] = {}
-    for info in infos:
-        calls = {k: calls.get(k, 0) + info.calls.get(k, 0) for k in calls | info.calls}
-    columns = {k: v for info in infos for k, v in info.columns.items()}
-    scalars = {k: v for info in infos for k, v in info.scalars.items()}
-    images = next((i.images for i in reversed(infos) if i.images is not None), None)
-    return Info(sum(i.samples for i in infos), columns, scalars, calls, images)
-
-
-def statistics(info: Info) -> dict[str, float]:
-    """The mean of each column over all processes, and the standard deviation of the reward.
-
-    Parts are NaN where a prompt is not meant for them; those rows do not count.
-    """
-    if not info.columns:
-        return {}
-    names = sorted(info.columns)
-    sums = torch.tensor(
-        [
-            [v.numel(), v.double().sum().item(), v.double().pow(2).sum().item()]
-            for v in (info.columns[n] if n == "reward" else _counted(info.columns[n]) for n in names)
-        ],
-        dtype=torch.float64,
-    )
-    if is_distributed():
-        sums = sums.to(info.columns[names[0]].device)
-        dist.all_reduce(sums)
-    count, total, square = sums.cpu().unbind(1)
-    mean = total / count.clamp_min(1)
-    std = (square / count.clamp_min(1) - mean**2).clamp_min(0).sqrt()
-    row = dict(zip(names, mean.tolist(), strict=True))
-    return row | {"reward_std": std[names.index("reward")].item()} if "reward" in row else row
-
-
-def _counted(column: Tensor) -> Tensor:
-    return column[~column.isnan()]

@@ -41,6 +41,15 @@ def is_main() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
+def any_process(is_so: bool) -> bool:
+    """Whether it is so in any process; asked by all of them."""
+    if not is_distributed():
+        return is_so
+    flag = torch.tensor([float(is_so)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 def named(parameters: Parameters) -> dict[str, dict[str, Tensor]]:
     """Groups of named tensors, every name unique; a flat dict is one group. Raises UserError if there is nothing to
     train.
@@ -60,6 +69,13 @@ def named(parameters: Parameters) -> dict[str, dict[str, Tensor]]:
                 "float32 (parameter.data = parameter.data.float())."
             )
     return {g: {f"{g}/{n}".lstrip("/"): p for n, p in group.items()} for g, group in groups.items()}
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of their names."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 class Optimiser:
@@ -91,13 +107,20 @@ class Optimiser:
             eps=eps,
             weight_decay=weight_decay,
         )
-        self.clip, self.ema, self.steps = clip, ema, 0
+        self.clip, self.ema, self.steps, self.slowed = clip, ema, 0, 1.0
         self.average = {n: p.detach().clone() for n, p in self.named.items()} if ema else {}
 
     def pace(self, factor: float) -> None:
-        """Set each group's learning rate to `factor` times its own."""
+        """Set each group's learning rate to `factor` times its own, and what going back has made of it."""
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = factor * rate
+            group["lr"] = self.slowed * factor * rate
+
+    def go_back(self, weights: Mapping[str, Tensor], factor: float) -> None:
+        """Take these weights, as trained ones and as their average, forget both moments, and go on at `factor` times the rate."""
+        self.fill(weights)
+        self.average = {n: self.named[n].detach().clone() for n in self.average}
+        self.adam.state.clear()
+        self.slowed *= factor
 
     def backward(self, loss: Tensor, totals: list[float]) -> list[float]:
         """Gradients of `loss` summed over all processes, then divided by totals[0], the samples; the summed totals.
@@ -144,20 +167,19 @@ class Optimiser:
     def averaged(self) -> Iterator[None]:
         """Inside, the parameters hold their average (if there is one); the trained weights return at the end."""
         trained = {n: self.named[n].detach().clone() for n in self.average}
-        self._fill(self.average)
+        self.fill(self.average)
         try:
             yield
         finally:
-            self._fill(trained)
+            self.fill(trained)
 
     def use_average(self) -> None:
         """Put the average, if there is one, into the parameters for good."""
-        self._fill(self.average)
+        self.fill(self.average)
 
-    @torch.no_grad()
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
-        for n, value in values.items():
-            self.named[n].copy_(value)
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the parameters of their names."""
+        fill(self.named, values)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint must hold: weights, both moments, the average."""
@@ -174,7 +196,7 @@ class Optimiser:
         if self.ema:
             _same("EMA", wanted, tensors.get("ema", {}))
             self.average = {n: tensors["ema"][n].to(a) for n, a in self.average.items()}
-        self._fill(tensors["weights"])
+        self.fill(tensors["weights"])
         self.steps = steps
         for n, p in self.named.items():
             if f"m:{n}" in tensors["adam"]:

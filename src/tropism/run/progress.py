@@ -51,7 +51,7 @@ class Progress:
         if done > 0:
             each = (time.monotonic() - self.began) / done
             words += [f"{each:.2f} s/{self.word}", f"{clock(each * (self.updates - row['update']))} left"]
-        return "  ".join(words)
+        return "  ".join([*words, *([f"! {row['alarm']}"] if row.get("alarm") else [])])
 
     def stop(self) -> None:
         if self.bar:

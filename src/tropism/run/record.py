@@ -43,6 +43,7 @@ PRODUCTS = (
     "logs",
     "samples",
     "failed_batch",
+    "best",
     "weights",
     "pictures",
     "samples.csv",

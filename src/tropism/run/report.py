@@ -139,13 +139,13 @@ def write(out: Path | str, run: Finished) -> Path:
 
 
 def environment_of() -> jinja2.Environment:
-    """Templates of this folder, everything escaped, every name required."""
+    """Templates of this folder and of `race`, everything escaped, every name required."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "race"]),
     )
     environment.filters["number"] = number
     return environment
@@ -167,6 +167,7 @@ def html(out: Path, run: Finished) -> str:
             environment=yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True),
             updates=_updates(run.lines),
             agreement=agreement(run.lines),
+            watched=watched(run.lines),
         )
     )
 
@@ -181,6 +182,41 @@ def agreement(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     told = lambda name: name.replace("part_norm/", "norm of ").replace("cosine/", "cosine of ").replace("|", " and ")
     table = [(told(name), first[name], last.get(name)) for name in names]
     return {"first": first["update"], "last": last["update"], "rows": table}
+
+
+def watched(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Statistics of the training samples, first and last, the update of the best evaluation, and the alarm if there was one."""
+    told = [line for line in lines if any(name.startswith("samples/") for name in line)]
+    if not told:
+        return None
+    statistics = {}
+    for line in told:
+        for name in (n for n in line if n.startswith("samples/")):
+            statistics.setdefault(name, []).append((line["update"], line[name]))
+    alarms = [(line["update"], line["alarm"]) for line in lines if line.get("alarm")]
+    return {
+        "rows": [
+            (SAMPLES.get(name.removeprefix("samples/"), name), values[0][1], values[-1][1])
+            for name, values in statistics.items()
+        ],
+        "first": told[0]["update"],
+        "last": told[-1]["update"],
+        "best": next((line["best"] for line in reversed(lines) if "best" in line), None),
+        "alarm": alarms[0][1] if alarms else "",
+        "since": alarms[0][0] if alarms else None,
+    }
+
+
+SAMPLES = {
+    "dark_share": "share of dark pixels",
+    "edge_density": "edges: difference of neighbouring pixels' luma",
+    "colour_entropy": "entropy of the colours, bits",
+    "variety": "variety: feature distance of two samples",
+    "vendi": "Vendi score: effective number of samples in a batch",
+    "frechet": "Fréchet distance of features to the first samples",
+    "output_distance": "distance of the network's output to the base's, relative",
+}
+"""Statistic of the training samples -> what the page calls it."""
 
 
 def _updates(lines: Sequence[dict]) -> int:

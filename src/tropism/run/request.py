@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,10 @@ Rewards = Reward | str | Sequence[Reward | str]
 
 @dataclass(frozen=True)
 class Request:
-    """A run's model, reward, prompts to train on and held out, and the method's hyperparameters, read and checked."""
+    """A run's model, reward, prompts to train on and held out, and the method's hyperparameters, read and checked.
+
+    watch: rewards by name that evaluations measure and nothing is trained on.
+    """
 
     method: str
     model: Model
@@ -47,6 +50,7 @@ class Request:
     hyper: dict[str, Any]
     settings: dict[str, Any]
     remarks: list[str]
+    watch: dict[str, Reward] = field(default_factory=dict)
 
     def batch(self, update: int) -> Batch:
         """All rows of an update's batch; a pure function."""
@@ -88,13 +92,27 @@ def read(
     train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
     check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
+    watch = _watched(settings["watch"], held)
     _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
         check_stochastic(model_, hyper["steps"])
     _check_options(function, hyper, batch_of(train, settings["batch"], settings["seed"], 0))
-    return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held))
+    return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held), watch)
+
+
+def _watched(texts: Sequence[Reward | str], held: Sequence[Prompt]) -> dict[str, Reward]:
+    """Rewards that are measured and not trained on, by name. Raises UserError for two of one name, and for what cannot be loaded."""
+    found: dict[str, Reward] = {}
+    for text in texts:
+        loaded = read_reward(text)
+        name = name_of(loaded)
+        if name in found:
+            raise UserError(f"The reward '{name}' is watched twice. Leave one out.")
+        check_prompts(loaded, [p.text for p in held])
+        found[name] = loaded
+    return found
 
 
 def _check_routes(reward: Reward, prompts: Sequence[Prompt]) -> None:

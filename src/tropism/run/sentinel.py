@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+REACTIONS = ("keep", "stop", "shrink", "off")
+"""What follows an alarm: the best weights are kept beside the last; the run ends with them; it goes back to them at half the rate."""
 Z = 4.0
 """Standard errors that a fall must have; the best was chosen among many, so it was also lucky."""
 SHARE = 0.15
 """Share of the gain at the best that must be lost."""
 PATIENCE = 2
 """Evaluations in a row that must say so."""
+
+COLLAPSED = 0.25
+"""Share of their first value to which variety or colours of the training samples fall in a collapse."""
+DARKENED = 0.9
+"""Share of dark pixels that is one, where less than half of it was dark at first."""
+WINDOW = 3
+"""Updates that such a statistic is averaged over."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +94,25 @@ def _change(seen: Sequence[Seen], name: str, best: int) -> float:
     if name not in seen[0].held_out:
         return 0.0
     return (seen[-1].held_out[name] - seen[best].held_out[name]).double().mean().item()
+
+
+def collapsed(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What the statistics of training samples say, in words, or "". lines: those of a record, "samples/..." in them.
+
+    It speaks of what is plain to see, a set of pictures that has become one picture, one colour, or black; not of quality.
+    """
+    names = {"variety": "variety", "colour_entropy": "colours"}
+    told = [line for line in lines if "samples/variety" in line]
+    if len(told) < 2 * WINDOW:
+        return ""
+    mean = lambda name, of: sum(line.get(f"samples/{name}") or 0.0 for line in of) / WINDOW
+    for name, word in names.items():
+        first, now = mean(name, told[:WINDOW]), mean(name, told[-WINDOW:])
+        if now < COLLAPSED * first:
+            return f"collapsed: the samples have kept {now / first:.0%} of the {word} they had at the start"
+    first, now = mean("dark_share", told[:WINDOW]), mean("dark_share", told[-WINDOW:])
+    return (
+        f"collapsed: {now:.0%} of the samples' pixels are dark, {first:.0%} at the start"
+        if now > DARKENED > 2 * first
+        else ""
+    )

@@ -1,0 +1,164 @@
+"""What is compared: objectives, methods with the configurations that are tried for each, one budget, seeds to tune on and to test on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tropism.core import UserError
+from tropism.run import ledger
+from tropism.run.checks import known
+
+LOWER_IS_BETTER = ("drift", "jpeg_kB")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained on and what it is judged by.
+
+    reward: what follows --reward. gold: the column of an evaluation that settles which method is better, such as "parser/count" or
+    "watch/NAME"; "reward" where there is nothing better. watch: rewards that are measured and not trained on.
+    """
+
+    name: str
+    reward: tuple[str, ...]
+    gold: str = "reward"
+    watch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method under a name of its own. settings: of all its runs. search: the configurations that are tried, each over `settings`."""
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    search: tuple[Mapping[str, Any], ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison. budget: {axis of `run.ledger`: limit} of a test run; tuning runs have `tuning_share` of it.
+
+    settings: of all runs. prompts_each: held-out pictures a prompt. points: evaluations a test run. longer: {entry: factor} on the
+    budget of its test runs, for methods that are to be followed beyond it; they are compared at the budget all the same.
+    level_of: the method by whose last level the costs of all are told.
+    """
+
+    model: str
+    objectives: tuple[Objective, ...]
+    entries: tuple[Entry, ...]
+    budget: Mapping[str, float]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tuning_seeds: tuple[int, ...] = (100,)
+    tuning_share: float = 0.5
+    points: int = 5
+    prompts_each: int = 2
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    longer: Mapping[str, float] = field(default_factory=dict)
+    level_of: str = ""
+
+    def __post_init__(self):
+        for name in (x.name for x in (*self.objectives, *self.entries)):
+            if not re.fullmatch(r"\w[\w.+ -]*", name):
+                raise UserError(
+                    f"{name!r} cannot be the name of a folder. Name objectives and methods in letters and digits."
+                )
+        both = set(self.seeds) & set(self.tuning_seeds)
+        if both:
+            raise UserError(
+                f"The seeds {sorted(both)} are tuned on and tested on, so the test would be too good. Take other tuning_seeds."
+            )
+        if not (self.objectives and self.entries and self.seeds and self.budget):
+            raise UserError(
+                "A comparison needs at least one objective, one method, one seed and a budget. Add what is missing."
+            )
+        for objective in self.objectives:
+            if objective.gold in LOWER_IS_BETTER:
+                raise UserError(
+                    f"The gold measure of {objective.name!r} is {objective.gold}, of which less is better. Take one of which more is."
+                )
+        for name in (*self.longer, *filter(None, [self.level_of])):
+            known(name, [e.name for e in self.entries], "method of the plan")
+        if not 0 < self.tuning_share <= 1:
+            raise UserError(f"tuning_share is {self.tuning_share}; it must lie in (0, 1]. Try 0.5.")
+
+    @property
+    def axis(self) -> str:
+        """The axis that the budget is on; the first of several."""
+        return next(iter(self.budget))
+
+    def tuned(self, entry: Entry) -> bool:
+        return len(entry.search) > 1
+
+
+def read(file: Path | str) -> Plan:
+    """The plan of a YAML file. Raises UserError for what cannot be read or is not known."""
+    try:
+        found = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The plan {file} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"The plan {file} holds no settings. See docs/compare.md for one.")
+    return plan_of(found)
+
+
+def plan_of(found: Mapping[str, Any]) -> Plan:
+    """The plan of a mapping as it stands in a file. Raises UserError for unknown names, and for what is missing."""
+    _check(found, Plan, "a plan", ("model", "objectives", "methods", "budget"), renamed={"entries": "methods"})
+    own = {k: v for k, v in found.items() if k not in ("objectives", "methods")}
+    for name in ("seeds", "tuning_seeds"):
+        if name in own:
+            own[name] = tuple(own[name])
+    own["budget"] = ledger.budget_of([f"{axis}={limit}" for axis, limit in own["budget"].items()])
+    objectives = [_objective(name, o) for name, o in found["objectives"].items()]
+    entries = [_entry(name, e or {}) for name, e in found["methods"].items()]
+    return Plan(objectives=tuple(objectives), entries=tuple(entries), **own)
+
+
+RATES = (3e-4, 1e-3, 3e-3)
+SEARCH: dict[str, tuple[Mapping[str, Any], ...]] = {
+    "alignprop": tuple({"lr": r, "truncation": k} for r in RATES for k in ("suffix-uniform", "2")),
+    "draft": tuple({"lr": r, "k": k} for r in RATES for k in (1, 2)),
+    "draft-lv": tuple({"lr": r, "noised": n} for r in RATES for n in (1, 2)),
+    "refl": tuple({"lr": r, "earliest": e} for r in RATES for e in (0.5, 0.75)),
+    "drtune": tuple({"lr": r, "train_steps": k} for r in RATES for k in (2, 3)),
+    "ddpo": tuple({"lr": r, "clip_range": c} for r in RATES for c in (1e-4, 1e-2)),
+}
+"""Six configurations a method where a plan names none: three learning rates, two values of what is the method's own."""
+
+
+def _objective(name: str, found: Mapping[str, Any]) -> Objective:
+    _check(found, Objective, f"the objective {name!r}", ("reward",), without=("name",))
+    listed = lambda value: tuple([value] if isinstance(value, str) else value)
+    return Objective(name, listed(found["reward"]), found.get("gold", "reward"), listed(found.get("watch", ())))
+
+
+def _entry(name: str, found: Mapping[str, Any]) -> Entry:
+    _check(found, Entry, f"the method {name!r}", (), without=("name",))
+    method = found.get("method", name)
+    known(method, SEARCH, "method")
+    search = tuple(found.get("search") or SEARCH[method])
+    return Entry(name, method, dict(found.get("settings", {})), search)
+
+
+def _check(
+    found: Any,
+    kind: type,
+    what: str,
+    needed: tuple[str, ...],
+    without: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> None:
+    names = [(renamed or {}).get(n, n) for n in kind.__dataclass_fields__ if n not in without]  # type: ignore[attr-defined]
+    if not isinstance(found, Mapping):
+        raise UserError(f"{what.capitalize()} must be names with values, not {found!r}.")
+    for name in found:
+        known(name, names, f"setting of {what}")
+    if missing := [n for n in needed if n not in found]:
+        raise UserError(f"{what.capitalize()} lacks {', '.join(missing)}.")

@@ -1,0 +1,95 @@
+"""Finished runs of a comparison on disk: one small file each, OUT/OBJECTIVE/METHOD/search-CONFIG-SEED.json or test-SEED.json.
+
+It holds the configuration and the evaluations, so a page can be drawn, and a comparison gone on with, from these files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tropism.core import UserError
+from tropism.race.curves import Curve, curve_of
+from tropism.race.plan import Entry, Objective, Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison: configuration number `config` of a method, for the search or for the test."""
+
+    objective: Objective
+    entry: Entry
+    config: int
+    seed: int
+    is_test: bool
+
+    @property
+    def name(self) -> str:
+        return f"test-{self.seed}" if self.is_test else f"search-{self.config}-{self.seed}"
+
+    @property
+    def overlay(self) -> Mapping[str, Any]:
+        return self.entry.search[self.config]
+
+    def file(self, out: Path) -> Path:
+        return out / self.objective.name / self.entry.name / f"{self.name}.json"
+
+    def __str__(self) -> str:
+        what = "test" if self.is_test else "search"
+        return f"{self.objective.name}: {self.entry.name}, {what} {dict(self.overlay)}, seed {self.seed}"
+
+
+def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
+    """All that a run's result depends on, as plain values."""
+    share = plan.longer.get(job.entry.name, 1.0) if job.is_test else plan.tuning_share
+    own = {"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method}
+    budget = {axis: limit * share for axis, limit in plan.budget.items()}
+    return own | {
+        "settings": {**plan.settings, **job.entry.settings, **job.overlay},
+        "budget": budget,
+        "seed": job.seed,
+    }
+
+
+def keep(out: Path, plan: Plan, job: Job, rows: list[dict[str, Any]], failed: str = "") -> None:
+    """Write a finished run, whole or not at all. failed: what a run that could not go on said."""
+    told = asked_of(plan, job) | {"config": dict(job.overlay), "failed": failed, "evaluations": rows}
+    temporary = job.file(out).with_suffix(".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(told) + "\n", "utf-8")
+    temporary.replace(job.file(out))
+
+
+def kept(out: Path, plan: Plan, job: Job) -> dict[str, Any] | None:
+    """What was kept of a run; None if it is not finished. Raises UserError for a run of something else than the plan asks for."""
+    file = job.file(out)
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text("utf-8"))
+    held, asked = _flat(told), _flat(json.loads(json.dumps(asked_of(plan, job))))
+    changed = [n for n in asked if held.get(n) != asked[n]] + [
+        n for n in held if n.startswith("settings ") and n not in asked
+    ]
+    if changed:
+        odd = changed[0]
+        raise UserError(
+            f"{file} holds a run of something else than the plan asks for: {odd} {held.get(odd, 'unset')} instead of "
+            f"{asked.get(odd, 'unset')}. Choose another --out, or take the plan it was begun with."
+        )
+    return told
+
+
+def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
+    """The curve of a finished run; None for one that failed or is not there."""
+    told = kept(out, plan, job)
+    return curve_of(told["evaluations"]) if told and not told["failed"] else None
+
+
+def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run depends on, one level deep."""
+    own = {n: told.get(n) for n in ("model", "reward", "method", "seed")}
+    inner = {f"{n} {k}": v for n in ("settings", "budget") for k, v in told.get(n, {}).items()}
+    return own | inner

@@ -1,0 +1,98 @@
+"""Numbers of a comparison, against arithmetic by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tropism.core import UserError
+from tropism.race import curves
+from tropism.race.curves import Curve
+from tropism.race.page import gap, reach
+from tropism.race.plan import SEARCH, plan_of
+from tropism.run.ledger import AXES
+
+PLAN = {
+    "model": "shapes",
+    "budget": {"seconds": 10},
+    "objectives": {"bytes": {"reward": "jpeg"}},
+    "methods": {"draft": {}, "ours": {"method": "alignprop", "search": [{"lr": 1e-3}]}},
+}
+
+
+def curve(values, x=(0, 1, 2), **columns):
+    spent = {axis: np.array(x, dtype=float) * (10 if axis == "reward_queries" else 1) for axis in AXES}
+    return Curve(spent, {"reward": np.array(values, dtype=float)} | {n: np.array(v) for n, v in columns.items()})
+
+
+def test_the_cost_to_reach_a_level_is_linear_between_evaluations():
+    risen = curve([0.0, 1.0, 4.0])
+    assert curves.cost_to_reach(risen, 0.5, "reward", "seconds") == 0.5
+    assert curves.cost_to_reach(risen, 2.5, "reward", "seconds") == 1.5
+    assert curves.cost_to_reach(risen, 2.5, "reward", "reward_queries") == 15
+    assert curves.cost_to_reach(risen, 4.1, "reward", "seconds") == math.inf
+    assert curves.cost_to_reach(curve([0.0, 3.0, 1.0]), 1.5, "reward", "seconds") == 0.5  # the first time counts
+
+
+def test_a_curve_ends_where_the_run_ended():
+    assert curve([0.0, 1.0, 4.0]).at("seconds", 1.5, "reward") == 2.5
+    assert math.isnan(curve([0.0, 1.0, 4.0]).at("seconds", 2.5, "reward"))
+
+
+def test_the_search_takes_the_highest_mean_and_no_failed_run():
+    tried = [[curve([0, 0, 1]), curve([0, 0, 3])], [curve([0, 0, 9])], [], [curve([0, 0, math.nan])]]
+    assert curves.chosen(tried, "reward") == 1
+    assert curves.chosen(tried[:1] + tried[2:], "reward") == 0
+
+
+def test_the_interval_of_paired_differences_is_students():
+    mean, low, high = curves.paired([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])  # differences 1, 3, 5
+    half = 4.302652729911275 * 2 / math.sqrt(3)  # t of 2 degrees at 97.5 %
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half))
+
+
+def test_diversity_is_compared_where_gold_is_equal():
+    run = curve([0, 0, 0], gold=[0.0, 1.0, 2.0], diversity=[1.0, 0.8, 0.4])
+    assert curves.diversity_at(run, "gold", 1.5) == pytest.approx(0.6)
+    assert math.isnan(curves.diversity_at(run, "gold", 3.0))
+
+
+def test_a_band_is_mean_and_spread_up_to_the_shortest_run():
+    x, mean, spread = curves.band([curve([0, 1, 2]), curve([0, 3, 6, 9], x=(0, 1, 2, 3))], "seconds", "reward", n=3)
+    assert x.tolist() == [0, 1, 2] and mean.tolist() == [0, 2, 4]
+    assert spread.tolist() == pytest.approx([0, math.sqrt(2), 2 * math.sqrt(2)])
+
+
+def test_what_others_need_for_the_level_of_one():
+    found = {"slow": [curve([0, 1, 2]), curve([0, 1, 2])], "fast": [curve([0, 4, 10]), curve([0, 1, 1])]}
+    assert gap(found, "slow", "reward") == pytest.approx(2 / 5.5)
+    slow, fast = reach(found, "slow", "reward")
+    assert (slow.name, slow.costs["seconds"]) == ("slow", (2.0, 2))
+    assert fast.costs["seconds"] == (0.5, 1)  # one of two seeds got there
+
+
+def test_a_plan_of_names_alone_has_six_configurations_a_method():
+    plan = plan_of(PLAN)
+    assert [len(e.search) for e in plan.entries] == [6, 1]
+    assert all(len(s) == 6 for s in SEARCH.values())
+    assert plan.objectives[0].reward == ("jpeg",) and plan.axis == "seconds"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seeds": [1, 2], "tuning_seeds": [2]}, "tuned on and tested on"),
+        ({"budget": {"second": 3}}, "seconds"),
+        ({"methods": {"drafft": {}}}, "Did you mean 'draft'"),
+        ({"methods": {"a/b": {"method": "draft"}}}, "name of a folder"),
+        ({"objectives": {"x": {"reward": "jpeg", "gold": "drift"}}}, "less is better"),
+        ({"objectives": {"x": {"rewards": "jpeg"}}}, "Did you mean 'reward'"),
+        ({"objectives": {}}, "at least one objective"),
+        ({"level_of": "ddpo"}, "method of the plan"),
+        ({"tuning_share": 0}, "tuning_share"),
+        ({"bugdet": {}}, "Did you mean 'budget'"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_named(changed, said):
+    with pytest.raises(UserError, match=said):
+        plan_of({**PLAN, **changed})

@@ -1,0 +1,113 @@
+"""Methods at one budget, end to end on a tiny pipeline: what is run, what is kept, what is shown."""
+
+import csv
+import json
+
+import pytest
+from tiny import tiny_pipeline
+
+from tropism.commands.race import plan_from, race
+from tropism.core import UserError
+from tropism.race.plan import plan_of, read
+
+PROMPTS = "prompts.txt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("model")))
+
+
+def plan(folder, tmp_path, **changed):
+    (tmp_path / PROMPTS).write_text("a cat\na dog\nred\n")
+    own = {"prompts": str(tmp_path / PROMPTS), "evaluate_prompts": 2, "batch": 2, "steps": 2, "guidance": 1.0}
+    found = {
+        "model": folder,
+        "budget": {"reward_queries": 4},
+        "seeds": [0, 1],
+        "tuning_seeds": [7],
+        "points": 2,
+        "settings": {**own, "evaluate_eta": 0.0},
+        "objectives": {"bytes": {"reward": "jpeg", "gold": "watch/incompressibility", "watch": "incompressibility"}},
+        "methods": {
+            "DRaFT": {"method": "draft", "search": [{"lr": 1e-3}, {"lr": 1e-2, "k": 2}]},
+            "DDPO": {"method": "ddpo", "settings": {"eta": 1.0}, "search": [{"lr": 1e-3}]},
+        },
+        "level_of": "DDPO",
+        "longer": {"DDPO": 2},
+    }
+    return plan_of({**found, **changed})
+
+
+def test_search_tests_and_page(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    page = race(plan(folder, tmp_path), out=out)
+    files = sorted(str(p.relative_to(out)) for p in out.rglob("*.json") if p.parent.parent.name == "bytes")
+    tests = [f"bytes/{m}/test-{s}.json" for m in ("DDPO", "DRaFT") for s in (0, 1)]
+    assert files == sorted([*tests, "bytes/DRaFT/search-0-7.json", "bytes/DRaFT/search-1-7.json"])
+    told = json.loads((out / "bytes/DRaFT/test-0.json").read_text())
+    queries = [e.get("spent", {}).get("reward_queries", 0) for e in told["evaluations"]]
+    assert queries == [0, 2, 4]  # the base, half of the budget, all of it
+    lines = [json.loads(line) for line in (out / "bytes/DRaFT/test-0/metrics.jsonl").read_text().splitlines()]
+    rewards = [lines[1]["reward"], lines[1]["reward"], lines[2]["reward"]]
+    assert [e["training_reward"] for e in told["evaluations"]] == rewards
+    longer = json.loads((out / "bytes/DDPO/test-0.json").read_text())["evaluations"]
+    assert longer[-1]["spent"]["reward_queries"] == 8
+    searched = list(csv.DictReader((out / "search.csv").open()))
+    best = max(searched, key=lambda r: float(r["gold"]))
+    assert json.loads(best["configuration"]) == told["config"]
+    rows = {(r["method"], r["measure"]): r for r in csv.DictReader((out / "race.csv").open())}
+    assert float(rows["DDPO", "reward"]["reward_queries"]) == 4  # at the budget, not at its own end
+    assert {m for _, m in rows} == {"reward", "training_reward", "watch/incompressibility", "diversity", "drift"}
+    text = page.read_text()
+    assert "<script" not in text and "What was tried" in text and "tuning" not in text
+    before = {f: (out / f).read_bytes() for f in files}
+    capsys.readouterr()
+    race(plan(folder, tmp_path), out=out)
+    assert capsys.readouterr().out == "" and {f: (out / f).read_bytes() for f in files} == before
+    with pytest.raises(
+        UserError, match=r"holds a run of .* settings (lr 0.001 instead of 2.0|eta 1.0 instead of unset)"
+    ):
+        race(plan(folder, tmp_path, methods={"DDPO": {"method": "ddpo", "search": [{"lr": 2.0}]}}, longer={}), out=out)
+
+
+def test_a_run_that_blows_up_loses_the_search(folder, tmp_path):
+    def chosen(lr):
+        search = {"DRaFT": {"method": "draft", "search": [{"lr": lr}, {"lr": 1e-3}]}}
+        more = {"methods": search, "level_of": "", "longer": {}, "seeds": [0], "tuning_share": 1.0}
+        race(plan(folder, tmp_path, **more), out=tmp_path / f"out{lr}", search_only=True)
+        return json.loads((tmp_path / f"out{lr}" / "bytes/DRaFT/search-0-7.json").read_text())["failed"]
+
+    assert "not finite" in chosen(1e30)
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"DRaFT": {"method": "draft", "search": [{"learning_rate": 1.0}]}}, "learning_rate"),
+        ({"DRaFT": {"method": "draft", "settings": {"truncation": "2"}}}, "truncation"),
+    ],
+)
+def test_a_setting_that_is_none_is_named_before_anything_runs(folder, tmp_path, methods, said):
+    with pytest.raises(UserError, match=said):
+        race(plan(folder, tmp_path, methods=methods, level_of="", longer={}), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_flags_and_of_a_file(tmp_path):
+    flags = (["jpeg"], "reward", [], None, ["seconds=5"], 2)
+    found = plan_from(None, ["draft", "ddpo"], "shapes", *flags)
+    assert [len(e.search) for e in found.entries] == [6, 6] and found.seeds == (0, 1)
+    assert found.entries[1].settings == {"eta": 1.0}
+    for wrong in (("jpeg", [], "--budget"), ("", ["seconds=5"], "--reward")):
+        with pytest.raises(UserError, match="--reward jpeg --budget"):
+            plan_from(None, ["draft"], "shapes", [wrong[0]] if wrong[0] else [], "reward", [], None, wrong[1], 2)
+    file = tmp_path / "plan.yaml"
+    file.write_text("model: [")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(file)
+    file.write_text("- 3")
+    with pytest.raises(UserError, match="holds no settings"):
+        read(file)
+    with pytest.raises(UserError, match="Both"):
+        plan_from(file, ["draft"], "shapes", *flags)
