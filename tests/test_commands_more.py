@@ -242,3 +242,19 @@ def test_values_of_scheduler_keys():
     for odd in ("a", "a=", "=3", "a=["):
         with pytest.raises(UserError, match="not of the form KEY=VALUE"):
             overrides([odd])
+
+
+def test_a_configuration_with_a_misspelt_setting(monkeypatch, capsys, tmp_path):
+    for text, says in (
+        ("updatse: 3\n", "does not know: updatse. Did you mean 'updates'?"),
+        ("options:\n  guidence: 3\n", "does not know: guidence. Did you mean 'guidance'?"),
+        ("zzz: 1\n", "does not know: zzz. Take it out."),
+        ("- 1\n", "holds no settings"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert (
+            called(monkeypatch, "align", "alignprop", "--config", tmp_path / "config.yaml", "--out", tmp_path / "run")
+            == 2
+        )
+        assert says in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "run").exists()

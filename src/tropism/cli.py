@@ -5,6 +5,7 @@ A method's flags are its function's keyword arguments, read off its signature.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import shlex
 import sys
@@ -108,8 +109,10 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     flat = {**settings, **own}
     known = {p.name for p in context.command.params}
     if unknown := sorted(set(flat) - known - {"method", "options"}):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else " Take it out."
         raise UserError(
-            f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}."
+            f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}.{hint}"
         )
     context.default_map = {k: v for k, v in flat.items() if v is not None}
     return value

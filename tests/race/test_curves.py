@@ -90,6 +90,8 @@ def test_a_plan_of_names_alone_has_six_configurations_a_method():
         ({"objectives": {}}, "at least one objective"),
         ({"level_of": "ddpo"}, "method of the plan"),
         ({"tuning_share": 0}, "tuning_share"),
+        ({"budget": {"priced": 3}}, "has no prices"),
+        ({"objectives": {"x": {"reward": "jpeg", "prices": {"forward": 1}}}}, "Did you mean 'forwards'"),
         ({"bugdet": {}}, "Did you mean 'budget'"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_resumed_run_knows_what_it_has_spent(folder, tmp_path):
     assert [s["reward_queries"] for s in spent(tmp_path / "run")] == [B, 2 * B, 3 * B, 4 * B]
 
 
-@pytest.mark.parametrize("text", ["second=3", "seconds", "seconds=0", "seconds=nan", "=3", "seconds=x"])
+@pytest.mark.parametrize("text", ["second=3", "priced=3", "seconds", "seconds=0", "seconds=nan", "=3", "seconds=x"])
 def test_a_budget_that_cannot_be_is_named(text, folder, tmp_path):
     with pytest.raises(UserError, match="--budget seconds=600"):
         align("draft", folder, tmp_path / "run", budget=[text])
@@ -87,3 +87,10 @@ def test_a_budget_that_cannot_be_is_named(text, folder, tmp_path):
 def test_the_share_of_a_budget_is_that_of_the_scarcest_axis():
     assert ledger.share({"seconds": 3, "forwards": 50}, {"seconds": 10, "forwards": 100}) == 0.5
     assert ledger.share({"seconds": 3}, {}) == ledger.share({}, {"seconds": 1}) == 0
+
+
+def test_priced_seconds_are_counts_times_prices():
+    calls = {"forward": 10, "recompute": 5, "backward": 4, "reward": 3}
+    found = ledger.cost(calls, 1.0, 2.0, {"forwards": 0.1, "backwards": 0.5, "reward_queries": 1.0})
+    assert found["priced"] == pytest.approx(1.5 + 2.0 + 3.0)
+    assert (found["seconds"], found["cpu_seconds"]) == (1.0, 2.0) and ledger.cost(calls, 1.0, 2.0)["priced"] == 0

@@ -147,7 +147,11 @@ def _run(plan: Plan, job: Job, folder: Path, place: Mapping[str, Any], bases: di
     entry, objective, budget = job.entry, job.objective, runs.asked_of(plan, job)["budget"]
     settings, options = _resolved(plan, entry, job.overlay, place)
     settings |= {"method": entry.method, "out": str(folder), "seed": job.seed, "watch": list(objective.watch)}
-    settings |= {"updates": MOST_UPDATES, "evaluate_every": 0, "budget": [f"{a}={v:g}" for a, v in budget.items()]}
+    settings |= {
+        "updates": MOST_UPDATES,
+        "evaluate_every": 0,
+        "budget": [f"{a}={v:g}" for a, v in budget.items() if a != "priced"],
+    }
     function, reward = METHODS[entry.method], list(objective.reward)
     asked = request.read(entry.method, function, plan.model, reward, options, settings)
     asked.embed()
@@ -165,6 +169,7 @@ def _run(plan: Plan, job: Job, folder: Path, place: Mapping[str, Any], bases: di
                 evaluate=judge,
                 evaluate_points=plan.points if job.is_test else 0,
                 budget=budget,
+                prices=objective.prices,
                 keep=1,
                 **{name: settings[name] for name in OF_FIT},
             )

@@ -145,15 +145,7 @@ def align(
     remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked, remarks)
-    watched = [request.spelled(w)[0] for w in watch]
-    kept = {
-        **settings,
-        "model": str(model),
-        "reward": request.spelled(reward),
-        "watch": watched,
-        "options": asked.hyper,
-    }
-    config = request.as_plain(kept)
+    config = _config(settings, asked, model, reward)
     recording = Recorder(out, config, resume=resume, overwrite=overwrite, trackers=trackers)
     with recording as recorder, ended(asked.reward):
         for text in remarks:
@@ -212,6 +204,13 @@ def judge_of(
     how = (*asked.sampling(), settings["seed"], settings["batch"], identity)
     more = {"eta": settings["evaluate_eta"], "watch": asked.watch, "per_prompt": per_prompt, "before": before}
     return Judge(out, asked.model, asked.reward, asked.held, *how, **more)
+
+
+def _config(settings: Mapping[str, Any], asked: Request, model: str | Model, reward: request.Rewards) -> dict[str, Any]:
+    """The settings as config.yaml keeps them."""
+    watch = [request.spelled(w)[0] for w in settings["watch"]]
+    own = {"model": str(model), "reward": request.spelled(reward), "watch": watch, "options": asked.hyper}
+    return request.as_plain({**settings, **own})
 
 
 def _watch(asked: Request, judge: Judge, out: Path) -> Watch:

@@ -22,13 +22,15 @@ class Objective:
     """What is trained on and what it is judged by.
 
     reward: what follows --reward. gold: the column of an evaluation that settles which method is better, such as "parser/count" or
-    "watch/NAME"; "reward" where there is nothing better. watch: rewards that are measured and not trained on.
+    "watch/NAME"; "reward" where there is nothing better. watch: rewards that are measured and not trained on. prices: of a unit of
+    `run.ledger`'s counts in seconds, for a budget of "priced" ones.
     """
 
     name: str
     reward: tuple[str, ...]
     gold: str = "reward"
     watch: tuple[str, ...] = ()
+    prices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,7 @@ class Plan:
                 "A comparison needs at least one objective, one method, one seed and a budget. Add what is missing."
             )
         for objective in self.objectives:
-            if objective.gold in LOWER_IS_BETTER:
-                raise UserError(
-                    f"The gold measure of {objective.name!r} is {objective.gold}, of which less is better. Take one of which more is."
-                )
+            _check_objective(objective, self.budget)
         for name in (*self.longer, *filter(None, [self.level_of])):
             known(name, [e.name for e in self.entries], "method of the plan")
         if not 0 < self.tuning_share <= 1:
@@ -115,7 +114,7 @@ def plan_of(found: Mapping[str, Any]) -> Plan:
     for name in ("seeds", "tuning_seeds"):
         if name in own:
             own[name] = tuple(own[name])
-    own["budget"] = ledger.budget_of([f"{axis}={limit}" for axis, limit in own["budget"].items()])
+    own["budget"] = ledger.budget_of([f"{axis}={limit}" for axis, limit in own["budget"].items()], priced=True)
     objectives = [_objective(name, o) for name, o in found["objectives"].items()]
     entries = [_entry(name, e or {}) for name, e in found["methods"].items()]
     return Plan(objectives=tuple(objectives), entries=tuple(entries), **own)
@@ -133,10 +132,28 @@ SEARCH: dict[str, tuple[Mapping[str, Any], ...]] = {
 """Six configurations a method where a plan names none: three learning rates, two values of what is the method's own."""
 
 
+def _check_objective(objective: Objective, budget: Mapping[str, float]) -> None:
+    """Raises UserError for a gold measure of which less is better, and for prices that are unknown or missing."""
+    if objective.gold in LOWER_IS_BETTER:
+        raise UserError(
+            f"The gold measure of {objective.name!r} is {objective.gold}, of which less is better. Take one of which more is."
+        )
+    for axis in objective.prices:
+        known(axis, list(ledger.COUNTED), "count with a price")
+    if "priced" in budget and not objective.prices:
+        raise UserError(f"The budget is in priced seconds, but the objective {objective.name!r} has no prices.")
+
+
 def _objective(name: str, found: Mapping[str, Any]) -> Objective:
     _check(found, Objective, f"the objective {name!r}", ("reward",), without=("name",))
     listed = lambda value: tuple([value] if isinstance(value, str) else value)
-    return Objective(name, listed(found["reward"]), found.get("gold", "reward"), listed(found.get("watch", ())))
+    return Objective(
+        name,
+        listed(found["reward"]),
+        found.get("gold", "reward"),
+        listed(found.get("watch", ())),
+        found.get("prices", {}),
+    )
 
 
 def _entry(name: str, found: Mapping[str, Any]) -> Entry:

@@ -47,11 +47,8 @@ def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
     share = plan.longer.get(job.entry.name, 1.0) if job.is_test else plan.tuning_share
     own = {"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method}
     budget = {axis: limit * share for axis, limit in plan.budget.items()}
-    return own | {
-        "settings": {**plan.settings, **job.entry.settings, **job.overlay},
-        "budget": budget,
-        "seed": job.seed,
-    }
+    settings = {**plan.settings, **job.entry.settings, **job.overlay}
+    return own | {"settings": settings, "budget": budget, "prices": dict(job.objective.prices), "seed": job.seed}
 
 
 def keep(out: Path, plan: Plan, job: Job, rows: list[dict[str, Any]], failed: str = "") -> None:
@@ -91,5 +88,5 @@ def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
 def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a run depends on, one level deep."""
     own = {n: told.get(n) for n in ("model", "reward", "method", "seed")}
-    inner = {f"{n} {k}": v for n in ("settings", "budget") for k, v in told.get(n, {}).items()}
+    inner = {f"{n} {k}": v for n in ("settings", "budget", "prices") for k, v in told.get(n, {}).items()}
     return own | inner

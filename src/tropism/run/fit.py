@@ -146,6 +146,7 @@ def fit(
     evaluate_every: int = 0,
     evaluate_points: int = 0,
     budget: Mapping[str, float] | None = None,
+    prices: Mapping[str, float] | None = None,
     watch: Watcher | None = None,
     callback: Callable[[int, Info], None] | None = None,
     finish: Callable[[], None] | None = None,
@@ -159,9 +160,9 @@ def fit(
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
     `evaluate_every` (0: never between) and after the last. budget: {axis of `run.ledger`: limit}; the update that reaches one is the
-    last. evaluate_points: also whenever another of so many parts of the run is done, however many updates that takes. watch: asked after
-    every update for numbers and alarms; on an alarm at an evaluation the run ends with the best weights ("stop") or goes back to them
-    with half the rate ("shrink"). callback: (updates done, Info). finish: called at the end
+    last. prices: see `ledger.cost`. evaluate_points: also whenever another of so many parts of the run is done, however many updates
+    that takes. watch: asked after every update for numbers and alarms; on an alarm at an evaluation the run ends with the best
+    weights ("stop") or goes back to them with half the rate ("shrink"). callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
     Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
     or gradient that is not finite, and a full disk; Interrupted after SIGINT or SIGTERM, once the update is finished and saved.
@@ -179,7 +180,7 @@ def fit(
         while not run.ended and (done := max(run.update / updates, ledger.share(run.spent, budget))) < 1:
             optimiser.pace(rate(done))
             before = run.spent.get("forwards", 0.0)
-            info, row = _one_update(step, batches(run.update), run, seed, stop)
+            info, row = _one_update(step, batches(run.update), run, seed, stop, prices)
             now = max(run.update / updates, ledger.share(run.spent, budget))
             last, point = now >= 1, int(now * evaluate_points) > int(done * evaluate_points)
             if watch:
@@ -260,7 +261,9 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- one update
 
 
-def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> tuple[Info, dict]:
+def _one_update(
+    step: Step, batch: Batch, run: _Run, seed: int, stop: Stop, prices: Mapping[str, float] | None
+) -> tuple[Info, dict]:
     """Exhaust the generator of one update, then commit the next state: (all that was reported, the record's row)."""
     began, worked, infos, norms = time.perf_counter(), time.process_time(), [], []
     with closing(step(batch, state=run.state, update=run.update, seed=seed, micro_batch=run.micro_batch)) as steps:
@@ -275,7 +278,7 @@ def _one_update(step: Step, batch: Batch, run: _Run, seed: int, stop: Stop) -> t
     assert infos, "an algorithm must yield at least once an update"
     info, seconds = merged(infos), time.perf_counter() - began
     _commit(run, state, info)
-    run.spent = ledger.added(run.spent, ledger.cost(info.calls, seconds, time.process_time() - worked))
+    run.spent = ledger.added(run.spent, ledger.cost(info.calls, seconds, time.process_time() - worked, prices))
     row = {
         "update": run.update,
         "seconds": seconds,

@@ -30,12 +30,21 @@ AXES = {
     "decodes": "pictures decoded",
     "seconds": "seconds",
     "cpu_seconds": "processor seconds",
+    "priced": "priced seconds",
 }
-"""Axis -> what it is called. seconds: of a clock, while updates ran; cpu_seconds: of the process's threads, whatever else runs beside."""
+"""Axis -> what it is called. seconds: of a clock, while updates ran; cpu_seconds: of the process's threads, whatever else runs beside.
+
+priced: the counts times prices that were measured once, so that equal seconds can be compared on a machine that is not idle.
+"""
 
 
-def cost(calls: Mapping[str, int], seconds: float, cpu_seconds: float) -> dict[str, float]:
-    """One update's cost on every axis, over all processes: counts and processor seconds add up, of seconds the longest counts."""
+def cost(
+    calls: Mapping[str, int], seconds: float, cpu_seconds: float, prices: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """One update's cost on every axis, over all processes: counts and processor seconds add up, of seconds the longest counts.
+
+    prices: {axis of COUNTED: seconds a unit}, for the axis "priced", which is 0 without.
+    """
     counts = [float(sum(calls.get(name, 0) for name in names)) for names in COUNTED.values()]
     if is_distributed():
         place = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -45,7 +54,9 @@ def cost(calls: Mapping[str, int], seconds: float, cpu_seconds: float) -> dict[s
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         *counts, cpu_seconds = sums.tolist()
         seconds = longest.item()
-    return dict(zip(COUNTED, counts, strict=True)) | {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    counted = dict(zip(COUNTED, counts, strict=True))
+    priced = sum(price * counted[axis] for axis, price in (prices or {}).items())
+    return counted | {"seconds": seconds, "cpu_seconds": cpu_seconds, "priced": priced}
 
 
 def added(total: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
@@ -57,18 +68,21 @@ def share(spent: Mapping[str, float], budget: Mapping[str, float] | None) -> flo
     return max((spent.get(axis, 0.0) / limit for axis, limit in (budget or {}).items()), default=0.0)
 
 
-def budget_of(texts: Sequence[str]) -> dict[str, float]:
-    """{axis: limit} of "AXIS=LIMIT" texts. Raises UserError for an unknown axis or a limit that is not above 0."""
-    found = {}
+def budget_of(texts: Sequence[str], priced: bool = False) -> dict[str, float]:
+    """{axis: limit} of "AXIS=LIMIT" texts. priced: whether there are prices.
+
+    Raises UserError for an unknown axis, or a limit that is not above 0.
+    """
+    known, found = [axis for axis in AXES if priced or axis != "priced"], {}
     for text in texts:
         axis, _, limit = text.partition("=")
         try:
             found[axis] = float(limit)
         except ValueError:
             found[axis] = math.nan
-        if axis not in AXES or not (found[axis] > 0 and math.isfinite(found[axis])):
+        if axis not in known or not (found[axis] > 0 and math.isfinite(found[axis])):
             raise UserError(
-                f"The budget is {text!r}; it must be AXIS=LIMIT, the limit above 0 and the axis one of {', '.join(AXES)}. "
+                f"The budget is {text!r}; it must be AXIS=LIMIT, the limit above 0 and the axis one of {', '.join(known)}. "
                 "Try --budget seconds=600."
             )
     return found
