@@ -1,15 +1,15 @@
 """The commands before and after a run: doctor and export, and align on other families, as a user meets them."""
 
 import re
-import sys
 
 import pytest
 import torch
+from command_line import called
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from tiny_families import SIZE, tiny_flux, tiny_sd3
 
-from tropism import cli, commands
+from tropism import commands
 from tropism.core import UserError
 from tropism.models.latent import Latent
 from tropism.run.checks import overrides
@@ -33,14 +33,6 @@ def mine(tmp_path):
     (tmp_path / "reward.py").write_text(REWARDS)
     (tmp_path / "negative.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "blur"}\n{"prompt": "a dog"}\n')
     return tmp_path
-
-
-def called(monkeypatch, *words):
-    """The exit code of a command line."""
-    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")

@@ -301,6 +301,26 @@ def pretrain(
     commands.pretrain(world, out=out, quick=quick, threads=threads)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A committed recipe, or a .yaml file of one; none: list them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the runs, the table and the curves.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,2 (default: all that have a reference).")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; the references were made with 1.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in --out.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Instead of comparing, write the recipe with the new curves as its reference.")
+    ] = None,
+) -> None:
+    """Repeat a committed result and compare it with its reference curves: PASS (exit code 0) or FAIL (1)."""
+    from tropism import commands
+
+    done = commands.reproduce(name, out=out, seeds=seeds, threads=threads, resume=resume, write=write)
+    raise typer.Exit(0 if done is None or write or done.passed else 1)
+
+
 def main() -> None:
     """Entry point: user errors become one clear message and exit code 2, interruptions 130 or 143."""
     from tropism.core import UserError

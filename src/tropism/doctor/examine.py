@@ -6,12 +6,12 @@ mistake gives one diagnosis.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from tropism.answers import first_line, place_of
 from tropism.core import Batch, Model, Reward, UserError, name_of
 from tropism.doctor import adapter
 from tropism.doctor import decoder as of_decoder
@@ -133,16 +133,9 @@ def _raised(check: str, error: Exception, reward: Reward) -> Finding:
     elif isinstance(error, UserError):
         said = fault(str(error))
     else:
-        lines = str(error).strip().splitlines() or ["without a word"]
-        said = fault(f"{who} raised {type(error).__name__}: {lines[0][:200]} ({_where(error)}). Correct it there.")
+        place = place_of(error, but="/tropism/doctor/")
+        said = fault(f"{who} raised {type(error).__name__}: {first_line(error)} ({place}). Correct it there.")
     return replace(said, check=check)
-
-
-def _where(error: Exception) -> str:
-    """File and line of the innermost frame that is neither another package's nor the doctor's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and "/tropism/doctor/" not in f.filename] or frames
-    return f"{own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno}"
 
 
 def report_lines(findings: Sequence[Finding]) -> list[str]:
