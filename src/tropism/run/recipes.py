@@ -123,7 +123,7 @@ def differences(recipe: Recipe, measured: Mapping[int, Curve]) -> list[Differenc
         theirs = recipe.reference[seed]
         for column, tolerance in recipe.tolerance.items():
             places = [
-                Difference(seed, column, update, value, _at(ours, column, update), tolerance)
+                Difference(seed, column, int(update), value, _at(ours, column, update), tolerance)
                 for update, value in zip(theirs["update"], theirs[column], strict=True)
             ]
             found.append(max(places, key=lambda d: d.share))
