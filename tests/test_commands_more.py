@@ -1,15 +1,15 @@
 """The commands before and after a run: doctor and export, and align on other families, as a user meets them."""
 
 import re
-import sys
 
 import pytest
 import torch
+from command_line import called
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from tiny_families import SIZE, tiny_flux, tiny_sd3
 
-from tropism import cli, commands
+from tropism import commands
 from tropism.core import UserError
 from tropism.models.latent import Latent
 from tropism.run.checks import overrides
@@ -33,14 +33,6 @@ def mine(tmp_path):
     (tmp_path / "reward.py").write_text(REWARDS)
     (tmp_path / "negative.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "blur"}\n{"prompt": "a dog"}\n')
     return tmp_path
-
-
-def called(monkeypatch, *words):
-    """The exit code of a command line."""
-    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +242,19 @@ def test_values_of_scheduler_keys():
     for odd in ("a", "a=", "=3", "a=["):
         with pytest.raises(UserError, match="not of the form KEY=VALUE"):
             overrides([odd])
+
+
+def test_a_configuration_with_a_misspelt_setting(monkeypatch, capsys, tmp_path):
+    for text, says in (
+        ("updatse: 3\n", "does not know: updatse. Did you mean 'updates'?"),
+        ("options:\n  guidence: 3\n", "does not know: guidence. Did you mean 'guidance'?"),
+        ("zzz: 1\n", "does not know: zzz. Take it out."),
+        ("- 1\n", "holds no settings"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert (
+            called(monkeypatch, "align", "alignprop", "--config", tmp_path / "config.yaml", "--out", tmp_path / "run")
+            == 2
+        )
+        assert says in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "run").exists()

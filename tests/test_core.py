@@ -12,10 +12,23 @@ from tropism.core import Batch, Draw, Normal, Stream, UserError
 
 def test_no_two_keys_share_four_numbers():
     """150,000 keys, neighbours in every coordinate: no two draws begin with the same four numbers (a 32-bit seed shares some)."""
-    keys = itertools.product([0, 1, 2**40], [0, 7], range(25), range(-1, 19), range(5), range(10))
-    blocks = [core.noise(a, b, c, d, e, f, (4,)).numpy().tobytes() for a, b, c, d, e, f in keys]
+    keys = itertools.product([0, 1, 2**40], [0, 7], range(25), range(5))
+    draws = [core.noise(a, b, c, range(-1, 19), e, range(10), (4,)).reshape(-1, 4).numpy() for a, b, c, e in keys]
+    blocks = [row.tobytes() for draw in draws for row in draw]
     assert len(blocks) == 150_000
     assert len(set(blocks)) == len(blocks)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+def test_every_key_has_a_generator_of_its_own(shape):
+    """The fast path puts one generator back to each key's start; odd numbers of draws leave something over in it."""
+    samples, ks = [2**40, -1, 0], [0, 3, 2**50]
+    for draw, kind in ((core.noise, "standard_normal"), (core.uniform, "random")):
+        found = draw(5, Stream.COMPLETION, 9, samples, 4, ks, shape)
+        for i, sample in enumerate(samples):
+            for j, k in enumerate(ks):
+                own = core.generator(5, Stream.COMPLETION, 9, sample, 4, k)
+                assert found[i, j].numpy().tobytes() == getattr(own, kind)(shape, dtype=np.float32).tobytes()
 
 
 def test_noise_is_standard_normal_and_uniform_uniform():

@@ -43,11 +43,11 @@ def _of_list(value: Any, wide: torch.dtype, device: torch.device) -> Tensor:
         raise TypeError(f"{type(value).__name__}, not numbers ({str(error).splitlines()[0][:200]})") from error
 
 
-def place_of(error: BaseException) -> str:
-    """ "file.py, line 3": the innermost frame that is neither Python's own nor an installed package's."""
+def place_of(error: BaseException, but: str = "\0") -> str:
+    """ "file.py, line 3": the innermost frame that is neither Python's own nor an installed package's, nor has `but` in its path."""
     frames = traceback.extract_tb(error.__traceback__)
     others = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
-    own = [f for f in frames if not f.filename.startswith((*others, "<"))] or list(frames)
+    own = [f for f in frames if not f.filename.startswith((*others, "<")) and but not in f.filename] or list(frames)
     return f"{own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno}" if own else "somewhere"
 
 

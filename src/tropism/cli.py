@@ -5,6 +5,7 @@ A method's flags are its function's keyword arguments, read off its signature.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import shlex
 import sys
@@ -108,8 +109,10 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     flat = {**settings, **own}
     known = {p.name for p in context.command.params}
     if unknown := sorted(set(flat) - known - {"method", "options"}):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else " Take it out."
         raise UserError(
-            f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}."
+            f"The configuration {value} has settings that this command does not know: {', '.join(unknown)}.{hint}"
         )
     context.default_map = {k: v for k, v in flat.items() if v is not None}
     return value
@@ -140,13 +143,14 @@ def _method_command(command: Callable, method: str, function: Callable, bound: t
     return run
 
 
-def _plain_command(function: Callable) -> Callable:
-    """A command whose flags are its function's."""
+def _plain_command(function: Callable, *arguments: inspect.Parameter) -> Callable:
+    """A command whose flags are its function's, after these arguments."""
 
     def run(**values: Any) -> None:
         function(command=_command_line(), **values)
 
-    run.__signature__ = inspect.Signature(flags(function, HIDDEN, HELP))  # type: ignore[attr-defined]
+    own = flags(function, HIDDEN + tuple(a.name for a in arguments), HELP)
+    run.__signature__ = inspect.Signature([*arguments, *own])  # type: ignore[attr-defined]
     run.__doc__ = (function.__doc__ or "").splitlines()[0]
     return run
 
@@ -158,6 +162,9 @@ def _command_line() -> str:
 def _register(name: str) -> None:
     """The commands whose flags are read off their functions, which takes importing them."""
     app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
+    app.command("dial", help="Turn an adapter up or down, or mix two: pictures, curves.")(
+        _dial_command() if name == "dial" else _doctor
+    )
     if name == "align":
         from tropism import commands
         from tropism.run.request import BOUND
@@ -171,6 +178,13 @@ def _register(name: str) -> None:
 
         for method, function in commands.GUIDES.items():
             guide_app.command(method)(_method_command(commands.guide, method, function, OF_GUIDE))
+
+
+def _dial_command() -> Callable:
+    from tropism import commands
+
+    named = Annotated[list[str], typer.Argument(help="A run folder of align, or two to mix.")]
+    return _plain_command(commands.dial, inspect.Parameter("runs", inspect.Parameter.KEYWORD_ONLY, annotation=named))
 
 
 def _doctor() -> None:
@@ -272,30 +286,6 @@ def compare(
 
 
 @app.command()
-def dial(
-    runs: Annotated[list[str], typer.Argument(help="A run folder of align, or two of one base model to mix.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the page.")],
-    at: Annotated[list[float], typer.Option(help="A strength (two: weight of the second) to draw, repeatable.")] = [],  # noqa: B006
-    pictures: Annotated[int, typer.Option(help="Held-out prompts drawn at each setting.")] = 16,
-    quick: Annotated[bool, typer.Option("--quick", help="Draw only the prediction's 16 pictures.")] = False,
-    phases: Annotated[bool, typer.Option("--phases", help="Also vary each third of the chain alone.")] = False,
-    check: Annotated[int, typer.Option(help="Fresh pictures a setting to hold the prediction against.")] = 0,
-    keep: Annotated[float, typer.Option(help="Least share of the base's diversity to recommend.")] = 0.9,
-    reward: Annotated[list[str], typer.Option(help="The run's reward, where it was made in Python.")] = [],  # noqa: B006
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
-    device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
-    dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",
-    threads: Annotated[int | None, typer.Option(help=HELP["threads"])] = None,
-) -> None:
-    """Turn an adapter from 0 to 1.5, or mix two: pictures on a slider, reward against diversity, a setting to use."""
-    from tropism import commands
-
-    how = {"reward": reward, "overwrite": overwrite, "device": device, "dtype": dtype, "threads": threads}
-    sweep = {"at": at, "pictures": pictures, "quick": quick, "phases": phases, "check": check, "keep": keep}
-    commands.dial(runs, out=out, command=_command_line(), **sweep, **how)
-
-
-@app.command()
 def serve(
     reward: Annotated[list[str], typer.Option(help=HELP["reward"])],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for other machines too.")] = "127.0.0.1",
@@ -320,6 +310,26 @@ def pretrain(
     from tropism import commands
 
     commands.pretrain(world, out=out, quick=quick, threads=threads)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A committed recipe, or a .yaml file of one; none: list them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the runs, the table and the curves.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,2 (default: all that have a reference).")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; the references were made with 1.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in --out.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Instead of comparing, write the recipe with the new curves as its reference.")
+    ] = None,
+) -> None:
+    """Repeat a committed result and compare it with its reference curves: PASS (exit code 0) or FAIL (1)."""
+    from tropism import commands
+
+    done = commands.reproduce(name, out=out, seeds=seeds, threads=threads, resume=resume, write=write)
+    raise typer.Exit(0 if done is None or write or done.passed else 1)
 
 
 def main() -> None:

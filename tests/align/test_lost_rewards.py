@@ -53,6 +53,20 @@ def test_those_without_a_score_take_no_part(advantage, value):
     assert judged(advantage, torch.full((8,), value, dtype=torch.float64), prompts, {})[0].tolist() == [0] * 8
 
 
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("value", [0.1, -1e6 / 3, 0.0])
+def test_equal_rewards_teach_exactly_nothing(advantage, value):
+    """0.1 eight times has a mean that is not 0.1: what is left of it, divided by epsilon, would pass for a gradient."""
+    rewards = torch.full((7,), value, dtype=torch.float64)
+    past = {}
+    for _ in range(3):
+        found, past = judged(advantage, rewards, list("aabbccc"), past)
+        assert found.tolist() == [0] * 7
+    different = rewards + 1e-3 * torch.arange(7, dtype=torch.float64)
+    assert judged(advantage, different, ["a"] * 7, {})[0].std() > 0.5
+    assert steps_of(lambda images, b: torch.full((len(b),), value))[0][0][0].norm() == 0
+
+
 def test_the_gradient_is_finite_and_the_lost_are_counted():
     found, state = steps_of(losing({1, 4, 6}))
     assert all(g.isfinite().all() and g.norm() > 0 for g, _ in found)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import tiny_pipeline
 from tiny_families import BUILDERS, tiny_sd3
 
 from tropism.core import Batch, UserError
@@ -21,7 +24,8 @@ class Hub(BaseHTTPRequestHandler):
     """A hub on the loopback that refuses: org/gated, org/private, and org/bare, which has no files."""
 
     def do_GET(self):
-        status, code = ANSWERS[self.path.split("/")[2]]
+        name = next((part for part in self.path.split("/") if part in ANSWERS), "private")
+        status, code = ANSWERS[name]
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
@@ -53,10 +57,10 @@ def hub():
     server.shutdown()
 
 
-def asked(names, tmp_path, **environment):
+def asked(names, tmp_path, program=ASK, **environment):
     here = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     own = {**here, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, env=own, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, env=own, timeout=120)
     return dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
 
 
@@ -72,6 +76,55 @@ def test_a_hub_id_offline_names_the_missing_file(tmp_path):
     (line,) = said.values()
     assert "model_index.json of 'stabilityai/stable-diffusion-xl-base-1.0' could not be fetched" in line
     assert "not in the cache" in line
+
+
+def cached(home, name, pipeline):
+    """A hub id in the cache of `home`, as a download leaves it; returns the folder with its files."""
+    place = home / "hub" / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    return Path(shutil.copytree(pipeline, place / "snapshots" / ("0" * 40)))
+
+
+def test_the_cache_without_a_network(tmp_path):
+    """A model that was fetched once is read; of one that was fetched in part, or cut off, the file that is wrong is named."""
+    pipeline = tiny_pipeline(tmp_path / "model")
+    for name in ("whole", "partial", "cut"):
+        folder = cached(tmp_path / "home", f"org/{name}", pipeline)
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        if name == "partial":
+            weights.unlink()
+        elif name == "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+    said = asked(["org/whole", "org/partial", "org/cut", "org/never"], tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert "org/whole" not in said
+    assert "unet" in said["org/partial"] or "diffusion_pytorch_model.safetensors" in said["org/partial"]
+    assert "could not be read" in said["org/cut"]
+    assert "not in the cache" in said["org/never"]
+
+
+REWARDS = """
+import sys
+from tropism.core import UserError
+from tropism.rewards.load import load_reward
+from tropism.rewards.sources import read_weights
+for name in sys.argv[1:]:
+    try:
+        load_reward(name) if ":" in name else read_weights(name, "head.pth")
+    except UserError as error:
+        print(name, "->", error)
+"""
+
+
+def test_rewards_that_the_hub_refuses(hub, tmp_path):
+    """The catalogue's weights are fetched as models are, and told of in the same words."""
+    names = ["clip:org/gated", "clip:org/private", "org/gated", "org/private"]
+    said = asked(names, tmp_path, program=REWARDS, HF_ENDPOINT=hub)
+    for name in names:
+        assert ("is gated. Accept its licence" if "gated" in name else "no such repository, or it is private") in said[
+            name
+        ]
+        assert "hf auth login" in said[name]
 
 
 def changed(folder, part, **values):

@@ -88,12 +88,13 @@ def test_a_molecule_that_is_refused_scores_nothing(program):
         Docking(program("echo ready"))(ROWS, BATCH)
 
 
-def test_a_dock_that_takes_too_long_is_ended(program, tmp_path):
+@pytest.mark.parametrize("body", ["exec sleep 60", "sleep 60; echo 1"])
+def test_a_dock_that_takes_too_long_is_ended(body, program, tmp_path, forked):
     """The worker is ended, and its program with all that it started."""
     name = f"sleep{os.getpid()}"
     os.symlink("/bin/sleep", tmp_path / name)
-    script = program(f"{tmp_path / name} 60; echo 1")
-    reward = InWorkers(f"dock:{script}", workers=1, timeout=12)
+    script = program(body.replace("sleep", str(tmp_path / name)))
+    reward = InWorkers(f"dock:{script}", workers=1, timeout=2)
     running = lambda: [p for p in Path("/proc").glob("[0-9]*/cmdline") if name in _text(p)]
     try:
         assert reward(ROWS[:1], Batch([""])).item() == -torch.inf
@@ -108,10 +109,10 @@ def test_a_dock_that_takes_too_long_is_ended(program, tmp_path):
         pytest.fail("the docking program outlived its worker")
 
 
-def test_a_timeout_does_not_make_refusals_the_commands_fault(program):
+def test_a_timeout_does_not_make_refusals_the_commands_fault(program, forked):
     """Whoever sees all molecules judges: one is docked, one takes too long and ends its worker, three are refused after that."""
     script = program("grep -q ' O   ' $1 && exit 1; grep -q ' N   ' $1 && exec sleep 60; echo -5")
-    reward = InWorkers(f"dock:{script}", workers=1, timeout=15)
+    reward = InWorkers(f"dock:{script}", workers=1, timeout=4)
     try:
         found = reward(molecules.tokens_of(["CCC", "CCN", "CO", "CCO", "CCCO", "CC"]), Batch([""] * 6))
     finally:
@@ -120,7 +121,7 @@ def test_a_timeout_does_not_make_refusals_the_commands_fault(program):
     assert (reward.timed_out, reward.refused) == (1, 3)
 
 
-def test_a_command_that_refuses_all_is_at_fault_in_workers_too(program):
+def test_a_command_that_refuses_all_is_at_fault_in_workers_too(program, forked):
     reward = InWorkers(f"dock:{program('echo no receptor >&2; exit 3')}", workers=2, timeout=30)
     with pytest.raises(UserError, match=r"ended with code 3: no receptor\. Run it by hand"):
         reward(ROWS, BATCH)

@@ -1,11 +1,16 @@
+import json
+
 import pytest
 import torch
+from command_line import called
 from PIL import Image
 from test_clip import photographs
+from tiny import tiny_pipeline
 from tiny_detector import tiny_dino
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from tropism.core import Batch, UserError
+from tropism.prompts.batches import as_batch, read_prompts
 from tropism.rewards.features import USUAL, FeatureSimilarity
 from tropism.rewards.load import load_reward
 from tropism.rewards.pixels import Preparation
@@ -58,3 +63,53 @@ def test_from_a_folder_with_and_without_its_preprocessor(tmp_path, images):
     reward, batch = load_reward(f"features:{tmp_path}"), Batch(["a"] * 4, reference=images.flip(0))
     assert (reward.name, reward.about.size) == (f"features:{tmp_path}", 56)
     torch.testing.assert_close(reward(images, batch), FeatureSimilarity(model, SMALL)(images, batch))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The folder of a tiny DINOv2 with its preprocessor."""
+    folder = tmp_path_factory.mktemp("judge")
+    tiny_dino().save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Prompts that name pictures of two sizes, from the file's own folder."""
+    (tmp_path / "pictures").mkdir()
+    for name, size in (("a", (90, 70)), ("b", (72, 100))):
+        Image.fromarray(photographs(*size)[0]).save(tmp_path / "pictures" / f"{name}.png")
+    lines = [{"prompt": f"a {n}", "reference": f"pictures/{n}.png"} for n in ("a", "b")]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "asked.jsonl"
+
+
+def test_references_of_a_prompt_file_are_those_of_a_batch(judge, asked, images):
+    reward, batch = load_reward(f"features:{judge}"), as_batch(read_prompts(asked))
+    found = reward(images[:2], batch)
+    for i, size in enumerate([(90, 70), (72, 100)]):
+        alone = Batch(["a"], reference=as_tensor(photographs(*size)[:1]))
+        torch.testing.assert_close(found[i : i + 1], reward(images[i : i + 1], alone), rtol=1e-6, atol=1e-6)
+    assert abs(found[0] - reward(images[:2], batch[[1, 1]])[0]) > 1e-3, "the second picture is another one"
+
+
+def test_likeness_on_the_command_line(judge, asked, tmp_path, monkeypatch, capsys):
+    model, small = tiny_pipeline(tmp_path / "model"), ["--updates", 1, "--batch", 2, "--steps", 2, "--truncation", 1]
+    words = ["align", "alignprop", "--model", model, "--reward", f"features:{judge}", "--threads", 1, *small]
+    assert called(monkeypatch, *words, "--prompts", asked, "--out", tmp_path / "run") == 0
+    (tmp_path / "bare.txt").write_text("a cat")
+    assert called(monkeypatch, *words, "--prompts", tmp_path / "bare.txt", "--out", tmp_path / "no") == 2
+    assert "has none for 'a cat'. Give one a prompt: in a .jsonl file" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_pictures_that_are_not_there_or_are_none(judge, asked, images):
+    (asked.parent / "pictures" / "a.png").write_text("text")
+    with pytest.raises(UserError, match=r"reference picture .*a\.png cannot be read"):
+        load_reward(f"features:{judge}")(images[:2], as_batch(read_prompts(asked)))
+    (asked.parent / "pictures" / "a.png").unlink()
+    with pytest.raises(
+        UserError, match=r"'asked\.jsonl' names the reference picture 'pictures/a\.png' for 'a a'.*own folder"
+    ):
+        read_prompts(asked)

@@ -43,8 +43,8 @@ def slow(tmp_path):
         reward.close()
 
 
-def test_the_same_numbers_and_a_limit(slow):
-    reward = slow(timeout=5)
+def test_the_same_numbers_and_a_limit(slow, forked):
+    reward = slow(timeout=1)
     tokens = torch.tensor([[2, 2, 0], [0, 0, 0], [2, 1, 0], [3, 3, 3]])
     found = reward(tokens, Batch(["a", "bb", "ccc", ""]))
     assert found.tolist() == [3, -torch.inf, 4, 0]
@@ -53,10 +53,11 @@ def test_the_same_numbers_and_a_limit(slow):
 
 
 def test_an_exception_is_named(slow):
+    """In a worker that is spawned, as outside the tests."""
     with pytest.raises(
         UserError, match=r"raised ValueError: no such molecule \(slow.py, line 9\).*prompt 'a'"
     ) as error:
-        slow()(torch.ones(1, 3, dtype=torch.long), Batch(["a"]))
+        slow(workers=1)(torch.ones(1, 3, dtype=torch.long), Batch(["a"]))
     assert error.value.samples.tolist() == [[1, 1, 1]] and error.value.batch.prompts == ["a"]
 
 
@@ -66,7 +67,7 @@ def test_numbers_that_cannot_be():
             InWorkers("jpeg", **options)
 
 
-def test_a_guided_run_with_a_sample_that_never_ends(tmp_path, capsys):
+def test_a_guided_run_with_a_sample_that_never_ends(tmp_path, capsys, forked):
     """Some sequences hang their reward: they are counted, never chosen, and the run ends."""
     (tmp_path / "hang.py").write_text(HANGS)
     run = commands.guide(
@@ -78,8 +79,8 @@ def test_a_guided_run_with_a_sample_that_never_ends(tmp_path, capsys):
         pool=0,
         options={"m": 3, "steps": 4},
         workers=2,
-        timeout=3.0,
+        timeout=0.7,
     )
     samples = torch.cat([p.samples for p in run.pieces])
     assert (samples[:, 0] != 3).all()
-    assert "exceeded the limit of 3 s" in capsys.readouterr().out
+    assert "exceeded the limit of 0.7 s" in capsys.readouterr().out

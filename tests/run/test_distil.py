@@ -3,13 +3,13 @@
 import csv
 import json
 import re
-import sys
 
 import pytest
 import torch
+from command_line import called
 from PIL import Image
 
-from tropism import cli, commands
+from tropism import commands
 from tropism.align.distil import SNR, denoising_losses, distil
 from tropism.commands.distil import _lessons
 from tropism.core import Batch, UserError
@@ -20,13 +20,6 @@ from tropism.run.guided import finished_run, redrawn
 from tropism.worlds import shapes
 
 PROMPTS = ["three red circles on sand", "two blue squares on sand", "one purple cross on brick"]
-
-
-def called(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")

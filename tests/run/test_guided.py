@@ -2,14 +2,14 @@
 
 import csv
 import json
-import sys
 
 import pytest
 import torch
+from command_line import called
 from PIL import Image
 from tiny_families import BUILDERS, SIZE
 
-from tropism import cli, commands
+from tropism import commands
 from tropism.core import UserError
 from tropism.models.masked_lm import Convolutions, Shape, save
 from tropism.run import guided, guided_tokens, guided_value
@@ -18,13 +18,6 @@ from tropism.worlds import molecules, utr
 
 QUICK = {"model": "shapes", "reward": "jpeg-bytes", "samples": 4, "options": {"m": 2, "steps": 3}, "pool": 2}
 PROMPTS = ["three red circles on sand", "two blue squares on sand", "one purple cross on brick"]
-
-
-def called(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["tropism", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +162,7 @@ def test_every_method_on_the_command_line(method, tmp_path, monkeypatch, capsys)
     words = ["--model", "shapes", "--reward", "jpeg-bytes", "--prompts", tmp_path / "prompts.txt", "--samples", 4]
     own = ["--m", 2] if method not in ("smc",) else ["--alpha", 0.2]
     more = ["--steps", 2, "--pool", 1, "--out", tmp_path / "run", "--threads", 1]
-    monkeypatch.setattr(sys, "argv", ["tropism", "guide", method, *map(str, [*words, *own, *more])])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
+    assert called(monkeypatch, "guide", method, *words, *own, *more) == 0
     assert method in capsys.readouterr().out
     assert (tmp_path / "run" / "report.html").is_file()
 

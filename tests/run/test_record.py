@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -137,6 +138,70 @@ def test_a_failing_tracker_is_switched_off(tmp_path, monkeypatch):
     assert r.text.getvalue().count("switched off") == 1
     assert "[red]" in r.text.getvalue()
     assert len(r.lines()) == 2
+
+
+@pytest.mark.parametrize("slow", ["start", "log", "finish"])
+def test_a_tracker_that_hangs_is_left_behind(tmp_path, monkeypatch, slow):
+    """No row waits for it; at the end the run waits a while, says so, and goes."""
+    gone = threading.Event()
+
+    class Hanging:
+        def __getattr__(self, name):
+            return (lambda *a, **k: gone.wait(60)) if name == slow else lambda *a, **k: None
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "_started", lambda *a: Hanging().start() or Hanging())
+    monkeypatch.setattr(trackers, "WAIT", 0.2)
+    began = time.perf_counter()
+    with recorder(tmp_path / "run", trackers=["tensorboard"]) as r:
+        for update in range(1, 4):
+            r.write({"update": update, "reward": 1.0})
+        assert len(r.lines()) == 3
+    assert time.perf_counter() - began < 10
+    gone.set()
+    assert r.text.getvalue().count("did not end within 0.2 s and is left behind") == 1
+
+
+def test_a_tracker_that_cannot_keep_up_is_switched_off(tmp_path, monkeypatch):
+    gone, seen = threading.Event(), []
+
+    class Slow:
+        def log(self, values, step):
+            seen.append(step)
+            gone.wait(60)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "_started", lambda *a: Slow())
+    monkeypatch.setattr(trackers, "BEHIND", 3)
+    with recorder(tmp_path / "run", trackers=["tensorboard"]) as r:
+        for update in range(1, 20):
+            r.write({"update": update})
+        gone.set()
+        assert len(r.lines()) == 19
+    assert r.text.getvalue().count("is 3 rows behind and is switched off") == 1
+    assert len(seen) <= 1
+
+
+def test_a_tracker_gets_every_row_in_order(tmp_path, monkeypatch):
+    seen = []
+
+    class Plain:
+        def log(self, values, step):
+            time.sleep(0.01)
+            seen.append((step, values))
+
+        def finish(self):
+            seen.append("end")
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "_started", lambda *a: Plain())
+    with recorder(tmp_path / "run", trackers=["tensorboard"]) as r:
+        for update in range(1, 9):
+            r.write({"update": update, "reward": update / 2, "calls": {"network": 3}})
+    assert seen == [*((u, {"reward": u / 2}) for u in range(1, 9)), "end"]
 
 
 def test_unknown_or_missing_tracker(tmp_path, monkeypatch):

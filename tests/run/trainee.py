@@ -107,22 +107,31 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fuzz(folder: Path, kills: int, updates: int = 600, pause: float = 0.01) -> dict:
+def _reached(folder: Path) -> int:
+    """The update of the newest checkpoint that was begun, 0 without one."""
+    return max((int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def fuzz(folder: Path, kills: int, updates: int = 600, pause: float = 0.004) -> dict:
     """One run, killed `kills` times in a row at random moments, and its undisturbed twin.
 
-    Kills come so fast that the run cannot be finished before the last: an update lasts `pause` at least. Forking saves
-    the time to import.
+    A kill comes some updates after the last one's checkpoint, and then anywhere within two updates, however slow the machine is.
+    Forking saves the time to import.
     """
-    run(folder / "warm", updates, every=2)  # torch's lazy imports, before the clock and before the first fork
-    longest, rng, kept = updates * pause / (kills + 1), random.Random(1), []
+    run(folder / "warm", 4, every=2)  # torch's lazy imports, before the first fork
+    rng, kept = random.Random(1), [0]
     for kill in range(kills + 1):
         child = os.fork()
         if child == 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the child ends with it
-            _, result = run(folder / "killed", updates, resume=True, pause=pause, every=2, schedule="cosine")
+            often = 2 if kill < kills else 50  # the last one is not killed, and each checkpoint waits for the disk
+            _, result = run(folder / "killed", updates, resume=True, pause=pause, every=often, schedule="cosine")
             os._exit(0 if result.updates == updates else 1)
         if kill < kills:
-            time.sleep(rng.uniform(0, longest))
+            wanted, deadline = kept[-1] + rng.randrange(12), time.monotonic() + 30
+            while _reached(folder / "killed") < wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 4 * pause))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if kill < kills:
@@ -130,13 +139,13 @@ def fuzz(folder: Path, kills: int, updates: int = 600, pause: float = 0.01) -> d
             newest = checkpoint.newest(folder / "killed" / "checkpoints")
             kept.append(newest.update if newest else 0)
     assert status == 0
-    run(folder / "whole", updates, every=2, schedule="cosine")
+    run(folder / "whole", updates, every=updates, schedule="cosine")
     heavy = [m for m in ("diffusers", "transformers", "peft", "accelerate", "matplotlib") if m in sys.modules]
     return {
         "heavy": heavy,
         "whole": fingerprint(folder / "whole"),
         "killed": fingerprint(folder / "killed"),
-        "kept": kept,
+        "kept": kept[1:],
     }
 
 

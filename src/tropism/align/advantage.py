@@ -18,18 +18,20 @@ LEAST = 16
 """Rewards of a prompt that its own statistics need."""
 KEPT = 32
 """Rewards of a prompt that are remembered."""
+ROUNDING = 1e-12
+"""Distance from the mean, relative to it, that is rounding: divided by EPSILON it would look like a small advantage."""
 
 
 def batch(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
     """(r - mean) / std of the batch."""
-    return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
+    return _standard(rewards, rewards.mean(), rewards.std(correction=0))
 
 
 def per_prompt(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
     """(r - mean) / std of the prompt's remembered rewards, or below LEAST of them of the batch. DDPO, arXiv 2305.13301."""
     own = [torch.tensor(past[p] if len(past[p]) >= LEAST else rewards.tolist(), dtype=torch.float64) for p in prompts]
     mean, std = torch.stack([r.mean() for r in own]), torch.stack([r.std(correction=0) for r in own])
-    return (rewards - mean) / (std + EPSILON)
+    return _standard(rewards, mean, std)
 
 
 def group(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
@@ -37,7 +39,13 @@ def group(rewards: Tensor, prompts: list[str], past: Past) -> Tensor:
     same = torch.tensor([[p == q for q in prompts] for p in prompts], dtype=torch.float64)
     mean = (same @ rewards) / same.sum(1)
     std = ((same @ rewards.square()) / same.sum(1) - mean.square()).clamp_min(0).sqrt()
-    return (rewards - mean) / (std + EPSILON)
+    return _standard(rewards, mean, std)
+
+
+def _standard(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(r - mean) / std, exactly 0 for equal rewards: a run that cannot learn must be seen to."""
+    away = rewards - mean
+    return away.masked_fill(away.abs() <= ROUNDING * mean.abs(), 0) / (std + EPSILON)
 
 
 ADVANTAGES: dict[str, Advantage] = {f.__name__.replace("_", "-"): f for f in (per_prompt, batch, group)}

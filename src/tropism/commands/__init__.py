@@ -6,6 +6,7 @@ from tropism.commands.dial import dial
 from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
 from tropism.commands.race import plan_from, race
+from tropism.commands.reproduce import Reproduced, reproduce
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "Distilled",
     "GuidedRun",
+    "Reproduced",
     "Run",
     "align",
     "compare",
@@ -28,5 +30,6 @@ __all__ = [
     "plan_from",
     "pretrain",
     "race",
+    "reproduce",
     "serve",
 ]

@@ -132,7 +132,7 @@ def guide(
         require_gradient(scored, f"guide {method}")
     loaded = _model(model, settings) if isinstance(model, str) else model
     asked = _shared(_prompts(prompts, model, loaded), samples, group)
-    check_prompts(scored, [p.text for p, _ in asked])
+    check_prompts(scored, [p.text for p, _ in asked], [dict(p.meta) for p, _ in asked])
     _check_mode(value, loaded, scored)
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
     _check(method, hyper, loaded, asked)

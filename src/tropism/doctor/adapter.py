@@ -16,6 +16,9 @@ from tropism.core import UserError
 from tropism.doctor.case import Case, Finding, change, fault, module_names, note, proof, size, warning
 from tropism.doctor.slopes import TOLERANCE, WEIGHT_STEPS, judge, precision
 
+ONE = {True: 1e-4, False: 0.02}
+"""Relative difference between predictions with and without a graph, in float32 and in half precision: kernels may differ."""
+
 
 def adapter_precision(case: Case) -> Iterator[Finding]:
     """What trains is at least float32."""
@@ -26,6 +29,21 @@ def adapter_precision(case: Case) -> Iterator[Finding]:
             f"{len(narrow)} trainable weights are {str(dtype).removeprefix('torch.')} ({module_names(list(narrow))}): an update "
             f"below {torch.finfo(dtype).eps:.1g} of a weight is lost, and --lr 1e-4 makes many of these. Keep what trains in "
             "float32; the frozen base may stay narrow."
+        )
+
+
+def one_network(case: Case) -> Iterator[Finding]:
+    """What draws, without a graph, is what is differentiated: the same weights at the same time, whatever was asked in between."""
+    with torch.no_grad():
+        drawn = case.predict()
+        case.model.predict(case.x[:1], case.times[-2], case.cond[:1], case.guidance)
+    error = change(drawn, case.predict().detach())
+    limit = ONE[precision(case.predict, case.x) in WEIGHT_STEPS] + 2 * case.jitter
+    if error > limit:
+        yield fault(
+            f"The prediction with a graph is another one than without (by {error:.1%}, the limit is {limit:.2g}), once the trainable "
+            "weights have moved and the chain has gone on: what draws is not what trains. Look for a fused, cached or compiled copy of "
+            "the network that is made once, or a time that a closure reads later. Draw with the network that trains."
         )
 
 
@@ -75,6 +93,15 @@ def base(case: Case) -> Iterator[Finding]:
         )
 
 
+def base_graph(case: Case) -> Iterator[Finding]:
+    """The base's prediction hangs on the latents where the adapted one does: the drift penalty's gradient runs through both."""
+    if not _base_has_graph(case):
+        yield warning(
+            "Inside `base()` no gradient is recorded, so the drift penalty would pull by a part of its gradient only. Take "
+            "torch.no_grad out of it; --drift-detach asks for that and is cheaper."
+        )
+
+
 def _in_base(case: Case) -> Tensor:
     with case.model.base():
         return case.predict()
@@ -90,6 +117,18 @@ def _late_gradient(case: Case) -> float:
         return change(inside, _pulled_back(case, out, x))
     except CheckpointError:  # what it recomputed has other tensors than what it ran
         return 1.0
+
+
+def _base_has_graph(case: Case) -> bool:
+    """Whether the base's prediction hangs on the latents, if the adapted one does."""
+    x = case.x[:1].detach().requires_grad_()
+    reaches = lambda: bool(_pulled_back(case, case.predict(x), x).any())
+    try:
+        with case.model.base():
+            inside = reaches()
+    except UserError:  # there is no base, and base says so
+        return True
+    return inside or not reaches()
 
 
 def _pulled_back(case: Case, out: Tensor, x: Tensor) -> Tensor:

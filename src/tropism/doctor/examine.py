@@ -6,14 +6,15 @@ mistake gives one diagnosis.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from tropism.answers import first_line, place_of
 from tropism.core import Batch, Model, Reward, UserError, name_of
 from tropism.doctor import adapter
+from tropism.doctor import decoder as of_decoder
 from tropism.doctor import model as of_model
 from tropism.doctor import reward as of_reward
 from tropism.doctor.case import Case, Finding, fault, warning
@@ -26,23 +27,27 @@ Check = Callable[[Case], Iterator[Finding]]
 CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "model runs": (of_model.model_runs, ()),
     "model repeatable": (of_model.model_repeatable, ("model runs",)),
+    "model frozen": (of_model.model_frozen, ()),
     "start": (of_model.start, ("model runs",)),
-    "clamped pixels": (of_model.clamped_pixels, ("model runs",)),
+    "decoder scale": (of_decoder.decoder_scale, ("model runs",)),
+    "clamped pixels": (of_decoder.clamped_pixels, ("decoder scale",)),
     "reward runs": (of_reward.reward_runs, ("model runs",)),
     "reward frozen": (of_reward.reward_frozen, ("reward runs",)),
     "reward repeatable": (of_reward.reward_repeatable, ("reward runs",)),
     "reward per sample": (of_reward.reward_per_sample, ("reward repeatable",)),
+    "reward differs": (of_reward.reward_differs, ("reward per sample",)),
     "reward graph": (of_reward.reward_graph, ("reward runs",)),
     "reward flat": (of_reward.reward_flat, ("reward graph", "reward per sample")),
     "reward gradient": (of_reward.reward_gradient, ("reward flat",)),
     "reward finite": (of_reward.reward_finite, ("reward runs",)),
-    "decoder graph": (of_model.decoder_graph, ("model runs",)),
-    "decoder gradient": (of_model.decoder_gradient, ("decoder graph",)),
+    "decoder graph": (of_decoder.decoder_graph, ("model runs",)),
+    "decoder gradient": (of_decoder.decoder_gradient, ("decoder graph",)),
     "x0 linear": (of_model.x0_linear, ("model runs",)),
     "rows": (of_model.rows, ("model repeatable",)),
     "time": (of_model.time, ("model repeatable",)),
     "prompts": (of_model.prompts, ("model repeatable",)),
     "guidance": (of_model.guidance, ("prompts", "rows")),
+    "negative prompts": (of_model.negative_prompts, ("guidance",)),
     "adapter precision": (adapter.adapter_precision, ()),
 }
 """What is examined, in this order, each with the checks that must have found no fault or warning before."""
@@ -53,9 +58,14 @@ OF_THE_PICTURE = (
 )
 """Checks of what only a method with the reward's own gradient needs."""
 
+OF_SCORES = ("reward differs",)
+"""Checks of what only a method without it needs."""
+
 STIRRED: dict[str, tuple[Check, tuple[str, ...]]] = {
-    "adapter acts": (adapter.adapter_acts, ("model repeatable",)),
+    "one network": (adapter.one_network, ("model repeatable",)),
+    "adapter acts": (adapter.adapter_acts, ("one network",)),
     "base": (adapter.base, ("adapter acts",)),
+    "base graph": (adapter.base_graph, ("base",)),
     "adapter reached": (adapter.adapter_reached, ("adapter acts", "base")),
     "autocast": (adapter.autocast, ("adapter reached",)),
     "input gradient": (of_model.input_gradient, ("adapter reached",)),
@@ -83,9 +93,8 @@ def examine(
     """
     try:
         with as_found(model, reward), torch.enable_grad():
-            return _examined(
-                Case(model, reward, batch, guidance, steps, seed, gradient), () if gradient else OF_THE_PICTURE
-            )
+            without = OF_SCORES if gradient else OF_THE_PICTURE
+            return _examined(Case(model, reward, batch, guidance, steps, seed, gradient), without)
     except Exception as error:  # before the first check
         return [_raised("model runs", error, reward)]
 
@@ -124,16 +133,9 @@ def _raised(check: str, error: Exception, reward: Reward) -> Finding:
     elif isinstance(error, UserError):
         said = fault(str(error))
     else:
-        lines = str(error).strip().splitlines() or ["without a word"]
-        said = fault(f"{who} raised {type(error).__name__}: {lines[0][:200]} ({_where(error)}). Correct it there.")
+        place = place_of(error, but="/tropism/doctor/")
+        said = fault(f"{who} raised {type(error).__name__}: {first_line(error)} ({place}). Correct it there.")
     return replace(said, check=check)
-
-
-def _where(error: Exception) -> str:
-    """File and line of the innermost frame that is neither another package's nor the doctor's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and "/tropism/doctor/" not in f.filename] or frames
-    return f"{own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno}"
 
 
 def report_lines(findings: Sequence[Finding]) -> list[str]:

@@ -25,7 +25,7 @@ _FOREIGN = {"torch", "numpy", "scipy", "PIL", "transformers", "diffusers", "peft
 def held(reward: Reward, model: Model) -> list[Any]:
     """The modules, tensors and Frozen networks that a reward reaches; nothing that belongs to the model."""
     queue, seen, found = [reward], {id(model)}, []
-    for own in _modules_of(model):
+    for own in modules_of(model):
         seen |= {id(thing) for thing in (*own.modules(), *own.parameters())}
     while queue and len(seen) < LIMIT:
         thing = queue.pop()
@@ -41,7 +41,8 @@ def held(reward: Reward, model: Model) -> list[Any]:
     return found
 
 
-def _modules_of(model: Model) -> list[nn.Module]:
+def modules_of(model: Model) -> list[nn.Module]:
+    """The networks that a model holds as attributes, or is itself."""
     whole = [model] if isinstance(model, nn.Module) else []
     return [*whole, *(m for m in getattr(model, "__dict__", {}).values() if isinstance(m, nn.Module))]
 
@@ -117,7 +118,7 @@ def _quieten(after: ExitStack) -> None:
 
 
 def _changeable(model: Model, things: list[Any]) -> list[Tensor]:
-    modules = [m for t in [*_modules_of(model), *things] if isinstance(t, nn.Module) for m in t.modules()]
+    modules = [m for t in [*modules_of(model), *things] if isinstance(t, nn.Module) for m in t.modules()]
     buffers = [b for m in modules if m.training for b in m.buffers(recurse=False)]
     return list({id(t): t for t in (*model.trainable().values(), *buffers)}.values())
 

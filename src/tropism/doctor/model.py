@@ -1,4 +1,4 @@
-"""Whether a model draws and can be differentiated: finite everywhere, an open decoder, a linear x_0, guidance the right way round."""
+"""Whether a model draws and can be differentiated: finite everywhere, a linear x_0, guidance the right way round."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 from tropism.core import Cond, Stream, noise
 from tropism.doctor.case import NEGATIVE, Case, Finding, change, fault, finite, note, proof, warning
+from tropism.doctor.holds import modules_of
 from tropism.doctor.slopes import STEPS, TOLERANCE, UPDATE, directions, judge, precision
 
-MANY, MOST = 0.5, 0.95
-"""Shares of clamped pixels that are a warning and a fault. A healthy model at high guidance has some 10 %."""
 LINEAR = 1e-3
 """Relative error of a linear map in float32, where terms of size 30 cancel."""
 COMPANY = {True: 1e-3, False: 0.1}
 """The same between batch sizes, in float32 and in half precision, which take other kernels."""
 STRAIGHT = {True: 1e-2, False: 1e-1}
 """Relative error of the line in w, in float32 and in half precision: other batch sizes take other kernels on a GPU."""
-INSIDE = 0.1
-"""Distance from black and white at which a pixel is not clamped by a small step."""
 
 
 def model_runs(case: Case) -> Iterator[Finding]:
@@ -51,6 +48,18 @@ def model_runs(case: Case) -> Iterator[Finding]:
 def _plain(cond: Any) -> Any:
     """What a cond holds, as containers that can be searched for tensors."""
     return vars(cond) if hasattr(cond, "__dict__") else cond
+
+
+def model_frozen(case: Case) -> Iterator[Finding]:
+    """Nothing of the model's networks requires a gradient but what trains."""
+    own = {id(p) for p in case.parameters}
+    every = {id(p): p for module in modules_of(case.model) for p in module.parameters()}
+    free = sum(p.numel() for i, p in every.items() if p.requires_grad and i not in own)
+    if free:
+        yield warning(
+            f"{free:,} numbers of the model's networks require a gradient but are not in `trainable()`: their gradients cost memory "
+            "and train nothing. Call requires_grad_(False) on what is frozen, or name what shall train."
+        )
 
 
 def model_repeatable(case: Case) -> Iterator[Finding]:
@@ -90,70 +99,6 @@ def time(case: Case) -> Iterator[Finding]:
             f"The prediction is the same at times {case.t:g} and {other[-1]:g}: the model does not hear how noisy its input is. "
             "Check that `predict` passes t on, in the units that the network was trained with."
         )
-
-
-def clamped_pixels(case: Case) -> Iterator[Finding]:
-    """Few pixels stand at the walls of [0, 1], and none beyond."""
-    pictures = case.drawn[2]
-    low, high = pictures.min().item(), pictures.max().item()
-    share = ((pictures == 0) | (pictures == 1)).double().mean().item()
-    if low < -0.001 or high > 1.001:
-        yield warning(
-            f"The decoder's pictures reach from {low:.3g} to {high:.3g}; rewards expect [0, 1]. Map them there (x / 2 + 0.5) "
-            "and end `decode` with tropism.core.clamp."
-        )
-    elif share > MANY:
-        yield (fault if share > MOST else warning)(
-            f"{share:.0%} of the pixels are clamped to black or white, the limit is {MANY:.0%}: they pass little or no gradient. "
-            "Check that decode maps the VAE's -1..1 by x / 2 + 0.5 and divides by its scaling factor, or lower --guidance."
-        )
-
-
-def decoder_graph(case: Case) -> Iterator[Finding]:
-    """Pictures hang on the latents by a graph."""
-    x = case.drawn[1][:1].detach().requires_grad_()
-    pictures = case.model.decode(case.model.process.complete(x, x))
-    inner = pictures.detach().clamp(INSIDE, 1 - INSIDE) == pictures.detach()
-    gradient = torch.autograd.grad(pictures.sum(), x, allow_unused=True)[0] if pictures.requires_grad else None
-    if gradient is None or (inner.any() and not gradient.any()):
-        yield fault(
-            "Pictures have no gradient back to the latents, so the reward cannot reach the chain. Take torch.no_grad and "
-            ".detach() out of `decode`; diffusers' own pipeline calls run under no_grad."
-        )
-    elif not finite([gradient]):
-        yield fault("The decoder's gradient is not finite. Use --dtype float32 or bfloat16, for the VAE at least.")
-
-
-def decoder_gradient(case: Case) -> Iterator[Finding]:
-    """The decoder's gradient is the slope of its pictures, off the walls."""
-    latents, pictures = case.drawn[1][:1].detach(), case.drawn[2][:1]
-    weights = noise(case.seed, Stream.EVAL, UPDATE, -1, 0, 4, pictures.shape[1:])[0].to(pictures)
-    inner = (pictures.clamp(INSIDE, 1 - INSIDE) == pictures).to(pictures)
-    decode = case.model.decode
-    if inner.mean() < 0.25 and hasattr(case.model, "decode_raw"):
-        decode, inner = case.model.decode_raw, torch.ones_like(inner)  # pyright: ignore[reportAttributeAccessIssue]
-    value = lambda x: (weights * inner * decode(x)).double().flatten(1).sum(1)
-    dtype = precision(lambda: decode(latents), latents)
-    if dtype not in STEPS:
-        yield note("The decoder's gradient is finite; in half precision its slopes cannot be measured.")
-        return
-    x = latents.requires_grad_()
-    (gradient,) = torch.autograd.grad(value(x).sum(), x)
-    claims = [(d, (gradient * d).double().flatten(1).sum(1)) for d in directions(gradient, case.seed)]
-    latents, usual = latents.detach(), 0.1 * gradient.norm().item()
-    verdicts = [judge(claim, lambda h, d=d: value(latents + h * d), STEPS[dtype], usual) for d, claim in claims]
-    wrong = max((v for v in verdicts if v.wrong), key=lambda v: v.error, default=None)
-    right = [v.error for v in verdicts if v.right]
-    if wrong:
-        yield fault(
-            f"The decoder's gradient is not the slope of its pictures: autograd says {wrong.claimed:.3g}, finite differences "
-            f"{wrong.measured:.3g} (apart by {wrong.error:.0%}, the limit is {TOLERANCE:.0%}). Look for a .detach(), a custom "
-            "autograd.Function or a cache in `decode`."
-        )
-    elif right:
-        yield proof(f"gradient of the decoder against finite differences {max(right):.1g}", max(right))
-    else:
-        yield note("The decoder is too rough for finite differences: its gradient was not checked.")
 
 
 # ---------------------------------------------------------------------------------------------------- the chain
@@ -253,12 +198,16 @@ def _two_prompts(case: Case) -> list[Cond]:
 def guidance(case: Case) -> Iterator[Finding]:
     """predict is uncond + w (cond - uncond), and its w = 0 end does not hear the prompt."""
     rows = getattr(case.model, "rows", None)
-    if case.guidance == 1 or (rows is not None and rows(3.0) == 1):  # off, or distilled into the network
+    if not _is_guided(case):
         return
     first, *other = _two_prompts(case)
     zero, one, three = (case.predict(cond=first, guidance=w) for w in (0.0, 1.0, 3.0))
     if max(change(zero, three), change(one, three)) <= 2 * case.jitter:
-        yield note(f"Guidance {case.guidance:g} has no effect on the prediction.")
+        asked, negative = case.batch.prompts[0], (case.batch.negative_prompts or [""])[0]
+        yield (note if asked == negative else warning)(
+            f"Guidance {case.guidance:g} has no effect on the prediction, so pictures are drawn without it. Compute uncond + w (cond - "
+            "uncond) in `predict`, or ask for --guidance 1."
+        )
         return
     curved, effect = change(zero + 3 * (one - zero), three), (three - zero).norm() / 3
     moved = max([((case.predict(cond=c, guidance=0.0) - zero).norm() / effect).item() for c in other], default=0.0)
@@ -282,6 +231,27 @@ def guidance(case: Case) -> Iterator[Finding]:
         )
     else:
         yield proof(f"guidance is uncond + w (cond - uncond) to {curved:.1g}", curved)
+
+
+def _is_guided(case: Case) -> bool:
+    """Whether guidance is neither off nor distilled into the network."""
+    rows = getattr(case.model, "rows", None)
+    return case.guidance != 1 and (rows is None or rows(3.0) != 1)
+
+
+@torch.no_grad()
+def negative_prompts(case: Case) -> Iterator[Finding]:
+    """Where the run has negative prompts, another one gives another guided prediction."""
+    own = [text for text in case.asked.negative_prompts or () if text and text != NEGATIVE]
+    if not own or not _is_guided(case):
+        return
+    asked = [replace(case.batch[[0]], negative_prompts=[text], parent=None) for text in (own[0], NEGATIVE)]
+    mine, other = (case.predict(cond=case.model.encode(batch, case.draw[:1])) for batch in asked)
+    if change(mine, other) <= 2 * case.jitter:
+        yield warning(
+            "The prediction is the same for two different negative prompts, though the run has some: they are dropped. Check that "
+            "`encode` reads batch.negative_prompts and `predict` uses them as uncond."
+        )
 
 
 def _negative_felt(case: Case, one: Tensor, effect: Tensor) -> float:

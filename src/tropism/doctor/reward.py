@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tropism.core import Batch, Reward, scored
+from tropism.core import Batch, Reward, name_of, scored
 from tropism.doctor.case import Case, Finding, fault, note, proof, warning
 from tropism.doctor.holds import held
 from tropism.doctor.slopes import STEPS, TOLERANCE, directions, judge, precision, white
@@ -104,6 +104,24 @@ def reward_per_sample(case: Case) -> Iterator[Finding]:
             )
 
 
+@torch.no_grad()
+def reward_differs(case: Case) -> Iterator[Finding]:
+    """Pictures of one prompt differ in their score: all that a method without the reward's gradient can learn from."""
+    pictures, batch = case.pictures
+    values = [scored(case.reward, pictures, batch)]
+    if len({v for v in values[0][::2].tolist()}) > 1 or len({v for v in values[0][1::2].tolist()}) > 1:
+        return
+    flat = _of_one_colour(case)
+    for at in range(0, len(flat), 9):
+        values.append(scored(case.reward, flat[at : at + 9], replace(case.batch[[0] * 9], index=tuple(range(9)))))
+    if len(set(torch.cat([values[0][::2], *values[1:]]).tolist())) == 1:
+        yield warning(
+            f"Reward '{name_of(case.reward)}' is {values[0][0].item():.4g} for {2 + len(flat)} different pictures of the prompt "
+            f"{batch.prompts[0][:60]!r}: where all samples are worth the same nothing is learned. Look for a rule that zeroes or cuts "
+            "scores off; a reward that is rarely met needs a softer form."
+        )
+
+
 def reward_graph(case: Case) -> Iterator[Finding]:
     """The score hangs on the picture by a graph."""
     for name, part in case.parts:
@@ -156,10 +174,7 @@ def reward_flat(case: Case) -> Iterator[Finding]:
 def _slopes_elsewhere(part: Reward, case: Case) -> bool:
     """Whether any of the model's pictures under the run's other prompts (27 of them), or of 27 pictures of one colour with a little
     grain, black to white, has a gradient that is finite and not zero."""
-    levels, shape, asked = (0.02, 0.5, 0.98), case.drawn[2].shape[1:], len(case.asked)
-    colours = torch.tensor([[red, green, blue] for red in levels for green in levels for blue in levels])
-    flat = colours.to(case.drawn[2])[:, :, None, None].expand(-1, *shape)
-    flat = flat + 0.02 * white(flat, case.seed, 5)
+    flat, asked = _of_one_colour(case), len(case.asked)
     own = case.pictures[0][[0] * len(flat)]
     for pictures, prompts in ((own, [i % asked for i in range(27)]), (flat, [i % asked for i in range(27)])):
         for at in range(0, 27, 9):
@@ -170,6 +185,14 @@ def _slopes_elsewhere(part: Reward, case: Case) -> bool:
             if gradient is not None and bool((torch.isfinite(gradient) & (gradient != 0)).any()):
                 return True
     return False
+
+
+def _of_one_colour(case: Case) -> Tensor:
+    """27 pictures (27, 3, H, W) of one colour with a little grain, black to white."""
+    levels, shape = (0.02, 0.5, 0.98), case.drawn[2].shape[1:]
+    colours = torch.tensor([[red, green, blue] for red in levels for green in levels for blue in levels])
+    flat = colours.to(case.drawn[2])[:, :, None, None].expand(-1, *shape)
+    return flat + 0.02 * white(flat, case.seed, 5)
 
 
 def reward_gradient(case: Case) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tropism.core import UserError
@@ -38,7 +38,21 @@ def read_file(path: Path) -> list[Prompt]:
     found = READERS[path.suffix.lower()](_text(path), path.name)
     if not found:
         raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
-    return found
+    return [_with_picture(p, path) for p in found]
+
+
+def _with_picture(prompt: Prompt, path: Path) -> Prompt:
+    """The prompt with its `reference` as a path from here: the file names it from its own folder. Raises UserError if it is not there."""
+    meta = dict(prompt.meta)
+    if "reference" not in meta:
+        return prompt
+    picture = path.parent / str(meta["reference"])
+    if not picture.is_file():
+        raise UserError(
+            f"'{path.name}' names the reference picture '{meta['reference']}' for {prompt.text[:60]!r}, but there is no file {picture}. "
+            "Paths are read from the prompt file's own folder."
+        )
+    return replace(prompt, meta=tuple({**meta, "reference": str(picture)}.items()))
 
 
 def check_lengths(prompts: list[Prompt], name: str) -> list[Prompt]:
@@ -91,7 +105,9 @@ def _from_csv(text: str, name: str) -> list[Prompt]:
 
 
 def from_row(row, place: str) -> Prompt:
-    """The prompt of an object with `prompt`, optional `negative_prompt`, `metadata` and `reward` (names); `place` is for the errors."""
+    """The prompt of an object with `prompt`, optional `negative_prompt`, `metadata`, `reward` (names) and `reference` (a picture's
+    file); `place` is for the errors.
+    """
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place} has no `prompt`. Give every line a `prompt` that is text.")
@@ -103,6 +119,8 @@ def from_row(row, place: str) -> Prompt:
     meta = dict(meta) if isinstance(meta, dict) else {}
     if row.get("reward"):
         meta["reward"] = _names(row["reward"], place)
+    if row.get("reference"):
+        meta["reference"] = row["reference"]
     return Prompt(" ".join(text.split()), negative, tuple(meta.items()))
 
 

@@ -48,7 +48,7 @@ class Plan:
     """A comparison. budget: {axis of `run.ledger`: limit} of a test run; tuning runs have `tuning_share` of it.
 
     settings: of all runs. prompts_each: held-out pictures a prompt. points: evaluations a test run. longer: {entry: factor} on the
-    budget of its test runs, for methods that are to be followed beyond it; they are compared at the budget all the same.
+    budget of its runs, for methods that are to be followed beyond it; they are compared at the budget all the same.
     level_of: the method by whose last level the costs of all are told.
     """
 

@@ -53,9 +53,7 @@ def place_of(url: str) -> Place:
         raise UserError(
             f"The address of the reward cannot be read ({error}). Write http://HOST:PORT[/PATH]."
         ) from error
-    secret = [
-        k for k, _ in parse_qsl(parts.query) if any(w in k.lower() for w in ("token", "key", "secret", "password"))
-    ]
+    secret = [k for k, _ in parse_qsl(parts.query, keep_blank_values=True) if _is_secret(k.lower())]
     if parts.username is not None or secret:
         raise UserError(
             f"The reward's address holds a secret{f' ({secret[0]})' if secret else ''}, and addresses are written into the run folder. "
@@ -70,6 +68,12 @@ def place_of(url: str) -> Place:
     ):
         raise UserError(f"{url!r} is no address of a reward server. Write http://HOST:PORT[/PATH].")
     return Place(parts.scheme, host, port, parts.path.rstrip("/"), f"?{parts.query}" if parts.query else "")
+
+
+def _is_secret(key: str) -> bool:
+    """Whether the value of such a key should not be written down."""
+    parts = ("token", "key", "secret", "pass", "auth", "credential", "session")
+    return any(part in key for part in parts) or key in ("sig", "signature", "pwd", "code")
 
 
 def own_timeout() -> float:

@@ -6,10 +6,13 @@ in DreamBooth, arXiv 2208.12242, section 4.2, which does it with the first DINO.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from tropism.core import Batch, UserError
@@ -23,16 +26,17 @@ USUAL = Preparation((256,), (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 
 
 
 class FeatureSimilarity:
-    """The reward cos(features of the picture, features of batch.reference), (B,) in [-1, 1]; prompts are not read.
+    """The reward cos(features of the picture, features of its reference picture), (B,) in [-1, 1]; prompts are not read.
 
-    batch.reference: (B, 3, H, W) in [0, 1], of any size; it gets no gradient. Raises UserError where it is missing.
-    Differentiable.
+    References are batch.reference (B, 3, H, W) in [0, 1], of any size, or else the picture files that batch.meta[i]["reference"]
+    names; they get no gradient. Raises UserError where they are missing or cannot be read. Differentiable.
     """
 
     differentiable = True
 
     def __init__(self, model: Any, prepare: Preparation = USUAL, name: str = "features", source: str = SOURCE):
         self.frozen, self.prepare, self.name = Frozen(model), prepare, name
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.about = About((-1.0, 1.0), (prepare.crop or prepare.resize)[0], NOT_CONFIRMED, source)
 
     def features(self, images: Tensor) -> Tensor:
@@ -41,14 +45,39 @@ class FeatureSimilarity:
         return F.normalize(self.frozen.like(images)(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
 
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
-        if batch.reference is None:
-            raise UserError(
-                f"The reward {self.name} compares with a reference picture and the batch has none. Give one a prompt: "
-                "Batch(prompts, reference=pictures)."
-            )
         with torch.no_grad():
-            wanted = self.features(batch.reference.to(samples))
+            if batch.reference is not None:
+                wanted = self.features(batch.reference.to(samples))
+            else:
+                self.check_meta(batch.prompts, batch.meta or [{}] * len(batch))
+                wanted = torch.stack([self._of_file(str(m["reference"]), samples) for m in batch.meta or []])
         return (self.features(samples) * wanted).sum(-1)
+
+    def check_meta(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError if a prompt has no reference picture."""
+        for prompt, known in zip(prompts, meta, strict=True):
+            if not known.get("reference"):
+                raise UserError(
+                    f"The reward {self.name} compares with a reference picture and the batch has none for {prompt[:60]!r}. Give one a "
+                    'prompt: in a .jsonl file {"prompt": "a cat", "reference": "cat.png"}, in Python Batch(prompts, reference=pictures).'
+                )
+
+    def _of_file(self, file: str, like: Tensor) -> Tensor:
+        """The features (width,) of a picture's file, kept."""
+        key = (file, like.dtype, like.device)
+        if key not in self._kept:
+            self._kept[key] = self.features(read_picture(file).to(like)[None])[0]
+        return self._kept[key]
+
+
+def read_picture(file: str) -> Tensor:
+    """(3, H, W) in [0, 1]. Raises UserError for a file that is no picture."""
+    try:
+        with Image.open(file) as opened:
+            pixels = np.array(opened.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"The reference picture {file} cannot be read: {error}. Give a PNG or JPEG file.") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def feature_similarity(source: str = SOURCE) -> FeatureSimilarity:

@@ -27,7 +27,7 @@ from tropism.rewards import (
     vqa,
 )
 from tropism.rewards.bridge import bridge
-from tropism.rewards.combine import weighted
+from tropism.rewards.combine import routed, weighted
 from tropism.rewards.named import Named
 from tropism.rewards.old_form import old_form
 from tropism.rewards.remote import Remote
@@ -162,10 +162,16 @@ def _check_arguments(place: str, function: Reward) -> None:
         ) from error
 
 
-def check_prompts(reward: Reward, prompts: list[str]) -> None:
-    """Raises UserError if a part of this reward, by its own `check_prompts`, cannot score one of the prompts."""
-    for part, _ in getattr(reward, "terms", ((reward, 1.0),)):
+def check_prompts(reward: Reward, prompts: list[str], meta: list[dict] | None = None) -> None:
+    """Raises UserError if a part of this reward, by its own `check_prompts` or, of what goes with them, `check_meta`, cannot score one
+    of the prompts.
+    """
+    parts: Any = getattr(reward, "terms", ((reward, 1.0),))
+    for part, _ in parts:
         getattr(part, "check_prompts", lambda _: None)(prompts)
+        if meta is not None and hasattr(part, "check_meta"):
+            meant = [i for i, m in enumerate(meta) if not routed(m) or name_of(part) in routed(m)]
+            part.check_meta([prompts[i] for i in meant], [meta[i] for i in meant])
 
 
 def require_gradient(reward: Reward, method: str) -> None:

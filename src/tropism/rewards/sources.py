@@ -88,10 +88,30 @@ def tokenizer_of(source: str, what: str, example: str) -> Any:
 
 
 def unreadable(source: str, what: str, error: Exception, example: str) -> UserError:
+    if refused := _refused(source, error):
+        return refused
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         f"No {what} could be read from '{source}': {reason} Give a folder, or a hub id such as {example}. {OFFLINE}"
     )
+
+
+def _refused(source: str, error: BaseException) -> UserError | None:
+    """What to say where the hub does not give a repository, and None for every other error."""
+    kinds, cause = set[str](), error
+    while cause is not None and len(kinds) < 10:
+        kinds.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if "GatedRepoError" in kinds or "access a gated repo" in str(error):
+        return UserError(
+            f"'{source}' could not be fetched: it is gated. Accept its licence at its page, then log in: hf auth login."
+        )
+    if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in str(error):
+        return UserError(
+            f"'{source}' could not be fetched: there is no folder and on the hub no such repository, or it is private. Check the "
+            "spelling, or log in: hf auth login."
+        )
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- weight files
@@ -142,6 +162,8 @@ def _fetched(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(source, name))
     except (OSError, ValueError) as error:
+        if refused := _refused(source, error):
+            raise refused from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{name} could not be fetched from the hub id '{source}': {reason} Download it where there is a network and "

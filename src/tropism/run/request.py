@@ -91,7 +91,7 @@ def read(
     hyper = _resolved(function, model_, options)
     train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
-    check_prompts(reward_, [p.text for p in train + held])
+    check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
     watch = _watched(settings["watch"], held)
     _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
@@ -219,18 +219,21 @@ def as_plain(value: Any) -> Any:
 
 
 def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
-    """What a resumed run must share with the run it goes on with; without folders, which may be written in other ways."""
+    """What a resumed run must share with the run it goes on with."""
     named = str(model) if isinstance(model, str | Path) else type(model).__name__
-    return {
-        "model": Path(named).name + fingerprint(named),
-        "reward": " ".join(
-            p if p.startswith("dock:") else p.rpartition("/")[2] + fingerprint(p) for p in spelled(reward)
-        ),
-    }
+    return {"model": Path(named).name + fingerprint(named), "reward": identity_of(spelled(reward))}
+
+
+def identity_of(rewards: Sequence[str]) -> str:
+    """What rewards are made of, as far as their texts tell: names and weights without folders, which may be written in other ways,
+    and the content of a user's own file.
+    """
+    return " ".join(p if p.startswith("dock:") else p.rpartition("/")[2] + fingerprint(p) for p in rewards)
 
 
 def fingerprint(text: str) -> str:
-    """Of the file that a text names, "file" or "file.py:object", some letters of its hash; else nothing."""
+    """Of the file that a text names, "file", "file.py:object" or "old:file.py:object", some letters of its hash; else nothing."""
+    text = text.removeprefix("old:").removeprefix("old-uint8:")
     for name in (text, text.rpartition("=")[0], text.rpartition(":")[0], text.rpartition("=")[0].rpartition(":")[0]):
         if name and Path(name).is_file():
             return f" ({sha256(Path(name).read_bytes()).hexdigest()[:12]})"

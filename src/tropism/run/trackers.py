@@ -1,8 +1,10 @@
-"""TensorBoard and Weights & Biases through accelerate's own tracker classes. A tracker that fails never stops a run."""
+"""TensorBoard and Weights & Biases through accelerate's own tracker classes. One that fails or is slow never stops or delays a run."""
 
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,10 @@ from typing import Any
 from tropism.core import UserError
 
 NAMES = ("tensorboard", "wandb")
+BEHIND = 1000
+"""Rows that a tracker may be behind before it is switched off."""
+WAIT = 30.0
+"""Seconds that a run waits at its end for a tracker to send what is left."""
 
 
 def check(names: Sequence[str]) -> None:
@@ -26,28 +32,59 @@ class Trackers:
     """The trackers asked for by name, checked before."""
 
     def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any], say: Callable[[str], None]):
-        self.say, self.live = say, {}
-        for name in names:
-            self._guard(name, lambda name=name: self.live.update({name: _started(name, out, config)}))
+        self.live = [_Apart(name, lambda name=name: _started(name, out, config), say) for name in names]
 
     def log(self, row: Mapping[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "update"}
-        for name, tracker in list(self.live.items()):
-            self._guard(name, lambda tracker=tracker: tracker.log(numbers, step=row["update"]))
+        for tracker in self.live:
+            tracker.log(numbers, row["update"])
 
     def close(self) -> None:
-        for name, tracker in list(self.live.items()):
-            self._guard(name, tracker.finish)
-        self.live = {}
+        for tracker in self.live:
+            tracker.close()
+        self.live = []
 
-    def _guard(self, name: str, action: Callable[[], Any]) -> None:
+
+class _Apart:
+    """One tracker in a thread of its own: whatever it raises is said once, and however long it takes, nobody waits but `close`."""
+
+    def __init__(self, name: str, start: Callable[[], Any], say: Callable[[str], None]):
+        self.name, self.start, self.say, self.is_off, self.wait = name, start, say, False, WAIT
+        self.rows: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue(BEHIND)
+        self.thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
         try:
-            action()
+            tracker = self.start()
+            while not self.is_off and (row := self.rows.get()) is not None:
+                tracker.log(row[0], step=row[1])
+            tracker.finish()
         except Exception as error:  # whatever a tracker raises, the run goes on
-            self.live.pop(name, None)
-            self.say(
-                f"Tracker {name} failed and is switched off ({type(error).__name__}: {error}). metrics.jsonl goes on."
-            )
+            self._off(f"failed and is switched off ({type(error).__name__}: {error})")
+
+    def log(self, numbers: dict[str, Any], update: int) -> None:
+        self._put((numbers, update))
+
+    def _put(self, row: tuple[dict[str, Any], int] | None) -> None:
+        if self.is_off:
+            return
+        try:
+            self.rows.put_nowait(row)
+        except queue.Full:
+            self.wait = 0.0  # it has had its time
+            self._off(f"is {BEHIND} rows behind and is switched off")
+
+    def close(self) -> None:
+        self._put(None)
+        self.thread.join(self.wait)
+        if self.thread.is_alive():
+            self._off(f"did not end within {self.wait:g} s and is left behind")
+
+    def _off(self, why: str) -> None:
+        if not self.is_off:
+            self.is_off = True
+            self.say(f"Tracker {self.name} {why}. metrics.jsonl goes on.")
 
 
 def _started(name: str, out: Path, config: Mapping[str, Any]):
