@@ -162,9 +162,7 @@ def _command_line() -> str:
 def _register(name: str) -> None:
     """The commands whose flags are read off their functions, which takes importing them."""
     app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
-    app.command("dial", help="Turn an adapter up or down, or mix two: pictures, curves.")(
-        _dial_command() if name == "dial" else _doctor
-    )
+    app.command("dial", help="Turn an adapter up or down, or mix two.")(_dial_command() if name == "dial" else _doctor)
     if name == "align":
         from tropism import commands
         from tropism.run.request import BOUND
