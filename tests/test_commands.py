@@ -86,7 +86,14 @@ def test_a_folder_a_function_and_a_file_give_a_run_folder(folder, mine):
     assert run.reload_difference < 1e-5
     rows = [json.loads(line) for line in (mine / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["update"] for r in rows] == [0, 1, 2, 3]
-    assert rows[1]["calls"] == {"forward": 12, "recompute": 8, "backward": 8, "decode": 2, "reward": 2, "reward_gradient": 2}
+    assert rows[1]["calls"] == {
+        "forward": 12,
+        "recompute": 8,
+        "backward": 8,
+        "decode": 2,
+        "reward": 2,
+        "reward_gradient": 2,
+    }
     assert rows[-1]["held_out/reward"] > rows[0]["held_out/reward"]
     assert torch.equal(run.after.columns["jpeg_kB"], true_bytes(run.after.images) / 1000)
     page = (mine / "run" / "report.html").read_text()

@@ -32,6 +32,7 @@ def test_the_cost_to_reach_a_level_is_linear_between_evaluations():
     assert curves.cost_to_reach(risen, 2.5, "reward", "reward_queries") == 15
     assert curves.cost_to_reach(risen, 4.1, "reward", "seconds") == math.inf
     assert curves.cost_to_reach(curve([0.0, 3.0, 1.0]), 1.5, "reward", "seconds") == 0.5  # the first time counts
+    assert curves.cost_to_reach(curve([2.0, 3.0, 4.0]), 1.0, "reward", "seconds") == 0  # it was there from the start
 
 
 def test_a_curve_ends_where_the_run_ended():
@@ -66,6 +67,11 @@ def test_a_band_is_mean_and_spread_up_to_the_shortest_run():
 def test_what_others_need_for_the_level_of_one():
     found = {"slow": [curve([0, 1, 2]), curve([0, 1, 2])], "fast": [curve([0, 4, 10]), curve([0, 1, 1])]}
     assert gap(found, "slow", "reward") == pytest.approx(2 / 5.5)
+    lifted = {
+        name: [curve([y + 1 for y in c.columns["reward"]], x=range(len(c.columns["reward"]))) for c in of]
+        for name, of in found.items()
+    }
+    assert gap(lifted, "slow", "reward") == pytest.approx(2 / 5.5)  # of the way from the base, wherever that is
     slow, fast = reach(found, "slow", "reward")
     assert (slow.name, slow.costs["seconds"]) == ("slow", (2.0, 2))
     assert fast.costs["seconds"] == (0.5, 1)  # one of two seeds got there

@@ -59,6 +59,12 @@ def test_statistics_of_pictures_that_are_known():
     assert looks.colour_entropy(pictures).tolist() == [0.0, 1.0]  # two colours, equally often: one bit
     assert looks.edge_density(pictures).tolist() == pytest.approx([0.0, 1 / 8])  # one column of eight
     points = looks.features(pictures)
+    assert points[1].reshape(4, 4, 4)[3].sum(0).tolist() == [
+        0,
+        2,
+        0,
+        0,
+    ]  # the edge lies in the second column of cells: half of each
     expected = math.sqrt((points[0] - points[1]).square().mean().item())
     assert looks.variety(points, ["a", "b"]) == pytest.approx(expected)
     assert looks.frechet(points, points) == 0
