@@ -60,6 +60,7 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     assert float(rows["DDPO", "reward"]["reward_queries"]) == 4  # at the budget, not at its own end
     assert {m for _, m in rows} == {"reward", "training_reward", "watch/incompressibility", "diversity", "drift"}
     text = page.read_text()
+    assert (out / "bytes-pictures.png").is_file() and text.count("data:image/png") == 2
     assert "<script" not in text and "What was tried" in text and "tuning" not in text
     before = {f: (out / f).read_bytes() for f in files}
     capsys.readouterr()

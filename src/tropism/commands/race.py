@@ -110,7 +110,7 @@ def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict
     Console(soft_wrap=True, highlight=False, markup=False).print(str(job))
     folder, failed = job.file(out).with_suffix(""), ""
     try:
-        _run(plan, job, folder, place, bases)
+        _run(plan, job, out, place, bases)
     except UserError as error:
         if job.is_test or not (folder / "metrics.jsonl").is_file():
             raise
@@ -142,9 +142,10 @@ def _anyones() -> set[str]:
     return {name for method in METHODS.values() for name in request.hyperparameters(method)}
 
 
-def _run(plan: Plan, job: Job, folder: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
-    """Train with the job's budget into a run folder. bases: evaluations of base models so far, by how they were drawn."""
+def _run(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
+    """Train with the job's budget into the run's folder. bases: evaluations of base models so far, by how they were drawn."""
     entry, objective, budget = job.entry, job.objective, runs.asked_of(plan, job)["budget"]
+    folder = job.file(out).with_suffix("")
     settings, options = _resolved(plan, entry, job.overlay, place)
     settings |= {"method": entry.method, "out": str(folder), "seed": job.seed, "watch": list(objective.watch)}
     settings |= {
@@ -174,6 +175,8 @@ def _run(plan: Plan, job: Job, folder: Path, place: Mapping[str, Any], bases: di
                 **{name: settings[name] for name in OF_FIT},
             )
             bases[drawn] = judge.before
+        if job.is_test and job.seed == plan.seeds[0]:
+            runs.keep_pictures(out, job, judge.before, judge.after, plan.prompts_each)
         shutil.rmtree(folder / "samples", ignore_errors=True)
     finally:
         end(asked.reward)

@@ -19,6 +19,7 @@ from tropism.race.curves import Curve
 from tropism.race.plan import Entry, Objective, Plan
 from tropism.race.runs import Job
 from tropism.run.ledger import AXES
+from tropism.run.pictures import grid
 from tropism.run.record import environment
 from tropism.run.report import environment_of, uri
 
@@ -172,7 +173,21 @@ def _section(plan: Plan, out: Path, objective: Objective) -> dict[str, Any]:
         **{"objective": objective, "rows": rows, "measures": measures, "figure": uri(file), "best": best, "base": base},
         "paired": [paired(plan, objective, found, best, r.name) for r in rows if r.name != best],
         "levels": levels,
+        "pictures": _side_by_side(plan, out, objective),
     }
+
+
+def _side_by_side(plan: Plan, out: Path, objective: Objective) -> str | None:
+    """The base model and every method on the same prompts and noise, a column each; also as OBJECTIVE-pictures.png."""
+    found = {e.name: runs.pictures(out, tests(plan, out, objective, e)[0]) for e in plan.entries}
+    known = {name: kept for name, kept in found.items() if kept is not None}
+    if not known:
+        return None
+    prompts, base, _ = next(iter(known.values()))
+    cells = [[base[i], *(kept[2][i] for kept in known.values())] for i in range(len(prompts))]
+    file = out / f"{objective.name}-pictures.png"
+    grid(cells, prompts, [""] * len(prompts), heads=("base", *known)).save(file)
+    return uri(file)
 
 
 def _searched(plan: Plan, out: Path) -> list[dict[str, Any]]:

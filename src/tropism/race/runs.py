@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from tropism.core import UserError
 from tropism.race.curves import Curve, curve_of
 from tropism.race.plan import Entry, Objective, Plan
+from tropism.run.evaluate import Evaluation
+from tropism.run.report import spread
+
+SHOWN = 8
+"""Prompts whose pictures are kept of the first test run."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,26 @@ def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
     """The curve of a finished run; None for one that failed or is not there."""
     told = kept(out, plan, job)
     return curve_of(told["evaluations"]) if told and not told["failed"] else None
+
+
+def keep_pictures(out: Path, job: Job, base: Evaluation, trained: Evaluation, each: int) -> None:
+    """Of at most SHOWN prompts one picture of the base model and one of the trained, as bytes. each: pictures a prompt."""
+    at = [i * each for i in spread(len(base.prompts) // each, SHOWN)]
+    whole = lambda found: (found.images[at].clamp(0, 1) * 255).round().byte().contiguous()
+    prompts = {"prompts": json.dumps([base.prompts[i] for i in at])}
+    save_file(
+        {"base": whole(base), "trained": whole(trained)}, job.file(out).with_suffix(".safetensors"), metadata=prompts
+    )
+
+
+def pictures(out: Path, job: Job) -> tuple[list[str], Tensor, Tensor] | None:
+    """(prompts, the base model's pictures, the trained model's), (n, 3, H, W) in [0, 1]; None where none were kept."""
+    file = job.file(out).with_suffix(".safetensors")
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as f:
+        prompts = json.loads((f.metadata() or {})["prompts"])
+        return prompts, f.get_tensor("base").float() / 255, f.get_tensor("trained").float() / 255
 
 
 def _flat(told: Mapping[str, Any]) -> dict[str, Any]:

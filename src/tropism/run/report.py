@@ -148,6 +148,7 @@ def environment_of() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "race"]),
     )
     environment.filters["number"] = number
+    environment.filters["short"] = lambda value: f"{value:.3g}"
     return environment
 
 
