@@ -142,7 +142,8 @@ def test_an_adapter_that_draws_something_else_is_no_success(folder, mine, monkey
 
 
 def test_the_bundled_world_is_judged_by_its_parser_and_its_hidden_rule(mine, monkeypatch):
-    monkeypatch.setattr(train, "DEMO", {**train.DEMO, "updates": 1, "batch": 2, "evaluate_prompts": 3})
+    few = {"updates": 1, "batch": 2, "evaluate_prompts": 3, "options": {**train.DEMO["options"], "steps": 3}}
+    monkeypatch.setattr(train, "DEMO", {**train.DEMO, **few})
     found = commands.demo(mine / "demo", threads=1).after
     assert torch.equal(found.columns["parser/all"], shapes.accuracy(found.images, found.prompts)["all"])
     torch.testing.assert_close(found.columns["gold_taste"], taste.gold(found.images))

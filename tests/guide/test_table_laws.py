@@ -53,6 +53,7 @@ def test_one_child_is_the_plain_sampler_bit_for_bit():
     assert variation(histogram(many.samples, MODEL), MODEL.chain_law(STEPS)) < 0.06
 
 
+@pytest.mark.slow
 def test_svdd_by_the_kind_of_value():
     """Exact values lead to the tilted law, four completions near it, the likeliest completion somewhere else."""
     far = {}

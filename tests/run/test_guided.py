@@ -448,6 +448,7 @@ def test_a_value_of_ones_own(tmp_path):
     assert run.table[-1].rewards <= 6, "the children of the last step only, equal ones once"
 
 
+@pytest.mark.slow
 def test_a_learned_value_guides_to_what_it_learnt(tmp_path, monkeypatch):
     """The fit sees seven of eight roll-outs, rewards of mean 0 and spread 1, alpha in the same units; and it points upwards."""
     (tmp_path / "r.py").write_text("def r(tokens, batch):\n    return 100 + 40 * (tokens == 0).double().mean(1)\n")

@@ -34,7 +34,7 @@ class Lengths:
     pictures: int = 24_000
 
 
-QUICK = Lengths(vae=4, denoiser=4, counter=4, clip=4, head=20, pictures=64)
+QUICK = Lengths(vae=2, denoiser=2, counter=2, clip=2, head=20, pictures=64)
 """Enough to see every stage work, in seconds; the networks know nothing."""
 
 
