@@ -119,7 +119,7 @@ def align(
     method: alignprop, draft, draft-lv, refl, drtune, ddpo.
     model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
-    prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, "org/name[:column][@split]" on the hub, or a list;
+    prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, `org/name[:column][@split]` on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
     normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
     followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
