@@ -13,6 +13,7 @@ from tropism import commands
 from tropism.core import Batch, Draw, Info, Stream, UserError, generator
 from tropism.run import looks, watch
 from tropism.run.evaluate import Evaluation
+from tropism.run.optimiser import Optimiser
 from tropism.run.sentinel import Seen, collapsed
 from tropism.run.signals import Interrupted
 
@@ -138,6 +139,8 @@ def test_shrink_goes_back_and_goes_on_at_half_the_rate(folder, tmp_path):
     again = lines(run.out)
     assert "alarm" in again[2] and run.result.updates == 4
     assert again[3]["held_out/reward"] < again[2]["held_out/reward"]  # it was set back
+    saved = sorted((run.out / "checkpoints").glob("step-*/state.json"))[-1]
+    assert json.loads(saved.read_text())["slowed"] == 0.25  # alarms at 2 and at 4: two evaluations in a row each
 
 
 def test_a_resumed_run_sees_the_same(folder, tmp_path):
@@ -210,3 +213,20 @@ def test_the_sentinel_of_a_recalled_run_is_the_same(tmp_path):
     assert {u: set(s.held_out) for u, s in again.seen.items()} == {u: {"a/b", "c"} for u in (0, 5, 10)}
     assert torch.equal(again.seen[5].held_out["a/b"], torch.arange(8.0) - 5)
     assert again.verdict.best == 0
+
+
+def test_going_back_takes_the_weights_and_halves_the_step():
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimiser = Optimiser({"p": p}, lr=0.1, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0, clip=0.0, ema=0.5)
+
+    def step(sign):
+        optimiser.pace(1.0)
+        optimiser.backward(sign * p.sum(), [1.0])
+        optimiser.step(optimiser.norm())
+
+    step(-1)
+    assert p.item() == pytest.approx(0.1)  # Adam's first step is the rate
+    optimiser.go_back({"p": torch.full((1,), 5.0)}, 0.5)
+    assert optimiser.average["p"].item() == 5.0
+    step(1)
+    assert p.item() == pytest.approx(4.95)  # a first step again, without the old momentum, of half the rate

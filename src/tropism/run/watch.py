@@ -118,12 +118,16 @@ class Watch:
             return numbers
         self.seen = {u: s for u, s in self.seen.items() if u < update} | {update: seen_of(update, self.judge.after)}
         self.returns = {at: to for at, to in self.returns.items() if at < update}
-        left_out = lambda u: any(to < u <= at for at, to in self.returns.items())
-        self.verdict = sentinel.assess([s for u, s in sorted(self.seen.items()) if not left_out(u)])
+        self._judge()
         if self.verdict.best == update:
             self._keep_best(update)
         self._remember()
         return numbers | {"best": self.verdict.best}
+
+    def _judge(self) -> None:
+        """The verdict on what was seen, but for evaluations that the run has gone back behind."""
+        left_out = lambda u: any(to < u <= at for at, to in self.returns.items())
+        self.verdict = sentinel.assess([s for u, s in sorted(self.seen.items()) if not left_out(u)])
 
     def alarm(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """What is wrong, in words, or "": by held-out scores, else by the statistics in the record's lines."""
@@ -185,8 +189,7 @@ class Watch:
                 else:
                     self.seen[int(number)] = replace(seen, held_out={**seen.held_out, rest[0].partition("/")[2]: value})
         if self.seen:
-            left_out = lambda u: any(to < u <= at for at, to in self.returns.items())
-            self.verdict = sentinel.assess([s for u, s in sorted(self.seen.items()) if not left_out(u)])
+            self._judge()
 
 
 def seen_of(update: int, found: Evaluation) -> Seen:
