@@ -8,7 +8,7 @@ import pytest
 from tropism.core import UserError
 from tropism.race import curves
 from tropism.race.curves import Curve
-from tropism.race.page import gap, reach
+from tropism.race.page import gap, paired, reach
 from tropism.race.plan import SEARCH, plan_of
 from tropism.run.ledger import AXES
 
@@ -56,6 +56,19 @@ def test_diversity_is_compared_where_gold_is_equal():
     run = curve([0, 0, 0], gold=[0.0, 1.0, 2.0], diversity=[1.0, 0.8, 0.4])
     assert curves.diversity_at(run, "gold", 1.5) == pytest.approx(0.6)
     assert math.isnan(curves.diversity_at(run, "gold", 3.0))
+
+
+def test_two_methods_diversity_at_the_lower_one_s_gold_within_the_budget():
+    plan = plan_of(PLAN | {"budget": {"seconds": 2}})
+    one = [curve([0, 1, 4], diversity=[1.0, 0.9, 0.3]), curve([0, 2, 2], diversity=[1.0, 0.7, 0.5])]
+    other = [
+        curve([0, 1, 1, 9], x=(0, 1, 2, 3), diversity=[1.0, 0.5, 0.4, 0]),
+        curve([-1, 0, 4], diversity=[1.0, 0.8, 0.2]),
+    ]
+    told = paired(plan, plan.objectives[0], {"one": one, "other": other}, "one", "other")
+    assert told["mean"] == pytest.approx((3 - 2) / 2)  # 4 against 1 at 2 seconds, 2 against 4
+    assert told["matched"][0] == pytest.approx(((0.9 - 0.5) + (0.7 - 0.5)) / 2)  # at gold 1, at gold 2
+    assert told["seeds"] == 2
 
 
 def test_a_band_is_mean_and_spread_up_to_the_shortest_run():

@@ -105,15 +105,27 @@ def row(plan: Plan, entry: Entry, found: Sequence[Curve], config: Mapping[str, A
     return Row(entry.name, config, means, {m: spread(v) for m, v in at.items()}, spent)
 
 
+def ends(plan: Plan, objective: Objective, found: Sequence[Curve]) -> list[float]:
+    """The gold scores of a method's runs when they had spent the budget, seed by seed."""
+    axis = plan.axis
+    return [float(c.at(axis, min(plan.budget[axis], c.spent[axis][-1]), objective.gold)) for c in found]
+
+
 def paired(plan: Plan, objective: Objective, found: Tested, one: str, other: str) -> dict[str, Any]:
-    """By how much a method's gold score is above another's at the budget, seed by seed, with a 95 % interval."""
-
-    def golds(name: str) -> list[float]:
-        axis = plan.axis
-        return [float(c.at(axis, min(plan.budget[axis], c.spent[axis][-1]), objective.gold)) for c in found[name]]
-
-    mean, low, high = curves.paired(golds(one), golds(other))
-    return {"name": other, "mean": mean, "low": low, "high": high}
+    """By how much a method's gold score is above another's at the budget, seed by seed, with a 95 % interval; and its diversity
+    above the other's where both had the same gold score: what the lower of the two ended at, where each first had it.
+    """
+    golds = [ends(plan, objective, found[name]) for name in (one, other)]
+    mean, low, high = curves.paired(*golds)
+    told = {"name": other, "mean": mean, "low": low, "high": high}
+    if "diversity" not in found[one][0].columns:
+        return told
+    at = lambda name: [
+        curves.diversity_at(c, objective.gold, min(pair))
+        for c, pair in zip(found[name], zip(*golds, strict=True), strict=True)
+    ]
+    both = [(a, b) for a, b in zip(at(one), at(other), strict=True) if math.isfinite(a + b)]
+    return told | {"matched": curves.paired(*zip(*both, strict=True)) if both else None, "seeds": len(both)}
 
 
 def gap(found: Tested, name: str, column: str) -> float:
