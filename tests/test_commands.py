@@ -328,6 +328,8 @@ def test_rewards_that_cannot_teach(folder, mine, reward, says):
     ("settings", "says"),
     [
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"per_prompt": 0}, "per_prompt is 0; it must be at least 1"),
+        ({"batch": 6, "per_prompt": 4}, "no multiple of 4 pictures a prompt. Try --batch 8"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"clip": -1.0}, "clip is -1.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),

@@ -235,6 +235,7 @@ def test_the_state_is_plain_and_goes_on():
         ({"clip_range": 0.0}, "clip_range"),
         ({"kl": -1.0}, "kl"),
         ({"advantage": "mean"}, "no advantage 'mean'"),
+        ({"advantage": "group"}, "alone in it.*--per-prompt 4"),
     ],
 )
 def test_bad_options_are_explained(options, says):

@@ -200,3 +200,11 @@ def test_every_pass_sees_every_prompt_once():
     assert set(Counter(seen).values()) == {4}
     assert seen[:10] != seen[10:20]
     assert batch_of(prompts, 4, 3, 7).prompts == seen[28:32]
+
+
+def test_a_group_is_one_prompt_several_times_and_no_prompt_is_passed_over():
+    prompts = [Prompt(str(i)) for i in range(10)]
+    alone = [t for u in range(5) for t in batch_of(prompts, 4, 3, u).prompts]
+    grouped = [batch_of(prompts, 12, 3, u, group=3) for u in range(5)]
+    assert [t for b in grouped for t in b.prompts] == [t for t in alone for _ in range(3)]
+    assert all(b.index == tuple(range(12)) for b in grouped)  # each with its own noise

@@ -65,15 +65,20 @@ def ddpo(
     advantage: per-prompt, batch or group, clipped to +- advantage_clip. kl: weight of the transition's divergence from the base model's.
     A sample whose reward is not finite takes no part; it is counted as reward/nonfinite.
     Densities are means over the latent's dimensions, as in the published code. `state` remembers rewards by prompt.
-    Raises UserError for a chain without a stochastic step (eta 0), more minibatches than samples, numbers out of range, or
-    rewards of which more than half are not finite.
+    Raises UserError for a chain without a stochastic step (eta 0), more minibatches than samples, numbers out of range,
+    group advantages without a prompt that is there twice, or rewards of which more than half are not finite.
     """
     _check(len(batch), minibatches, inner_epochs, clip_range, advantage, advantage_clip, kl)
+    prompts = [p for _, p in sorted(zip(batch.whole.index, batch.whole.prompts, strict=True))]
+    if advantage == "group" and len(set(prompts)) == len(prompts):
+        raise UserError(
+            "Every prompt of the batch is alone in it, so advantages within a prompt are 0 and nothing is learned. "
+            "Draw several pictures of each: --per-prompt 4."
+        )
     chain, x_T = begin(model, reward, batch, seed=seed, update=update, steps=steps, guidance=guidance)
     path = walk(chain, x_T, micro_batch)
     all_rewards, index = gather(path.rewards.double(), batch.index)
     place = {n: i for i, n in enumerate(index.tolist())}
-    prompts = [p for _, p in sorted(zip(batch.whole.index, batch.whole.prompts, strict=True))]
     lost = _lost(reward, all_rewards, update)
     advantages, past = judged(advantage, all_rewards.cpu(), prompts, state.get("rewards", {}))
     own = advantages.clamp(-advantage_clip, advantage_clip)[[place[i] for i in batch.index]].to(path.rewards.device)

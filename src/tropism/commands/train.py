@@ -71,6 +71,7 @@ def align(
     out: str | Path,
     updates: int = 60,
     batch: int = 16,
+    per_prompt: int = 1,
     options: Mapping[str, Any] | None = None,
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
@@ -124,6 +125,7 @@ def align(
     normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
     followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
+    per_prompt: pictures of one prompt in a batch, which is a multiple of it (advantages within a group need several).
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
     workers: processes that a slow reward without a gradient runs in (ddpo), each sample with a limit of `timeout` seconds (over it, -inf).

@@ -103,13 +103,15 @@ def as_batch(prompts: list[Prompt], index: range | None = None) -> Batch:
     )
 
 
-def batch_of(prompts: list[Prompt], size: int, seed: int, update: int) -> Batch:
-    """The batch of an update: the prompts in an order shuffled anew every pass, `size` at a time; a pure function."""
-    places = range(update * size, (update + 1) * size)
+def batch_of(prompts: list[Prompt], size: int, seed: int, update: int, group: int = 1) -> Batch:
+    """The batch of an update: the prompts in an order shuffled anew every pass, `size / group` at a time, each `group` times in a
+    row; a pure function. size: a multiple of group.
+    """
+    places = range(update * size // group, (update + 1) * size // group)
     orders = {
         e: generator(seed, Stream.SHUFFLE, e).permutation(len(prompts)) for e in {p // len(prompts) for p in places}
     }
-    return as_batch([prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places])
+    return as_batch([prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places for _ in range(group)])
 
 
 def train_and_held_out(

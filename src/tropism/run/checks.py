@@ -133,6 +133,12 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     counts = ("updates", "evaluate_prompts", "checkpoint_every", "micro_batch", "evaluate_steps")
     at_least_one(**{name: settings[name] for name in counts})
     not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every")})
+    at_least_one(per_prompt=settings["per_prompt"])
+    if settings["batch"] % settings["per_prompt"]:
+        raise UserError(
+            f"A batch of {settings['batch']} is no multiple of {settings['per_prompt']} pictures a prompt. "
+            f"Try --batch {settings['per_prompt'] * -(-settings['batch'] // settings['per_prompt'])}."
+        )
     finite_numbers(evaluate_guidance=settings["evaluate_guidance"])
     if not 0 <= settings["ema"] < 1:
         raise UserError(f"ema is {settings['ema']}; the decay of the average must lie in [0, 1). Try --ema 0.95.")

@@ -54,7 +54,7 @@ class Request:
 
     def batch(self, update: int) -> Batch:
         """All rows of an update's batch; a pure function."""
-        return batch_of(self.train, self.settings["batch"], self.settings["seed"], update)
+        return batch_of(self.train, *(self.settings[n] for n in ("batch", "seed")), update, self.settings["per_prompt"])
 
     def embed(self) -> None:
         """Embed the prompts that the run and its doctor will ask for and free the text encoders, where the model can."""
@@ -98,7 +98,7 @@ def read(
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
         check_stochastic(model_, hyper["steps"])
-    _check_options(function, hyper, batch_of(train, settings["batch"], settings["seed"], 0))
+    _check_options(function, hyper, batch_of(train, settings["batch"], settings["seed"], 0, settings["per_prompt"]))
     return Request(method, model_, reward_, train, held, hyper, settings, _remarks(model_, train, held), watch)
 
 
