@@ -10,6 +10,7 @@ from tropism.race import curves
 from tropism.race.curves import Curve
 from tropism.race.page import gap, paired, reach
 from tropism.race.plan import SEARCH, plan_of
+from tropism.race.runs import Job, asked_of
 from tropism.run.ledger import AXES
 
 PLAN = {
@@ -56,6 +57,16 @@ def test_diversity_is_compared_where_gold_is_equal():
     run = curve([0, 0, 0], gold=[0.0, 1.0, 2.0], diversity=[1.0, 0.8, 0.4])
     assert curves.diversity_at(run, "gold", 1.5) == pytest.approx(0.6)
     assert math.isnan(curves.diversity_at(run, "gold", 3.0))
+
+
+def test_an_objective_follows_a_method_longer_in_its_test_runs_alone():
+    bytes_ = {"reward": "jpeg", "longer": {"ours": 6}}
+    plan = plan_of(PLAN | {"objectives": {"bytes": bytes_, "other": {"reward": "jpeg"}}, "longer": {"ours": 3}})
+    budget = lambda o, is_test: asked_of(plan, Job(plan.objectives[o], plan.entries[1], 0, 5, is_test))["budget"][
+        "seconds"
+    ]
+    assert (budget(0, True), budget(1, True)) == (60, 30)
+    assert budget(0, False) == budget(1, False) == 15  # the search: half of three times the budget
 
 
 def test_two_methods_diversity_at_the_lower_one_s_gold_within_the_budget():

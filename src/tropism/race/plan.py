@@ -23,7 +23,7 @@ class Objective:
 
     reward: what follows --reward. gold: the column of an evaluation that settles which method is better, such as "parser/count" or
     "watch/NAME"; "reward" where there is nothing better. watch: rewards that are measured and not trained on. prices: of a unit of
-    `run.ledger`'s counts in seconds, for a budget of "priced" ones.
+    `run.ledger`'s counts in seconds, for a budget of "priced" ones. longer: {entry: factor}, as a plan's, of test runs on this objective.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Objective:
     gold: str = "reward"
     watch: tuple[str, ...] = ()
     prices: Mapping[str, float] = field(default_factory=dict)
+    longer: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Plan:
             )
         for objective in self.objectives:
             _check_objective(objective, self.budget)
-        for name in (*self.longer, *filter(None, [self.level_of])):
+        for name in (*self.longer, *(n for o in self.objectives for n in o.longer), *filter(None, [self.level_of])):
             known(name, [e.name for e in self.entries], "method of the plan")
         if not 0 < self.tuning_share <= 1:
             raise UserError(f"tuning_share is {self.tuning_share}; it must lie in (0, 1]. Try 0.5.")
@@ -153,6 +154,7 @@ def _objective(name: str, found: Mapping[str, Any]) -> Objective:
         found.get("gold", "reward"),
         listed(found.get("watch", ())),
         found.get("prices", {}),
+        found.get("longer", {}),
     )
 
 

@@ -53,7 +53,9 @@ class Job:
 
 def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
     """All that a run's result depends on, as plain values."""
-    share = plan.longer.get(job.entry.name, 1.0) * (1.0 if job.is_test else plan.tuning_share)
+    share = plan.longer.get(job.entry.name, 1.0) * plan.tuning_share
+    if job.is_test:
+        share = {**plan.longer, **job.objective.longer}.get(job.entry.name, 1.0)
     own = {"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method}
     budget = {axis: limit * share for axis, limit in plan.budget.items()}
     settings = {**plan.settings, **job.entry.settings, **job.overlay}
