@@ -98,20 +98,20 @@ def test_outcomes_by_hand():
 
 def test_counts_and_rates_by_hand():
     wanted = glyphs.render(9 * torch.tensor([[3, 5, BLANK, 3], [1, 1, 1, 1]]) + 4)
-    shown = glyphs.render(9 * torch.tensor([[3, 6, 2, BLANK], [1, 1, 1, 1]]) + 2)  # other places do not matter
+    shown = glyphs.render(9 * torch.tensor([[BLANK, 6, 2, BLANK], [1, 1, 1, 1]]) + 2)  # other places do not matter
     shown[1, :, :16, :16] = 0.5
     counted = reading.counts(shown, Batch(["digits"] * 2, reference=wanted))
     assert {k: v.tolist() for k, v in counted.items()} == {
-        "correct": [1, 3],
+        "correct": [0, 3],
         "swap": [1, 0],
         "insertion": [1, 0],
-        "omission": [1, 0],
+        "omission": [2, 0],
         "unreadable": [0, 1],
         "hallucination": [2, 0],
-        "blur": [1, 1],
+        "blur": [2, 1],
     }
     assert reading.rates(counted)["hallucination"] == 0.25
-    assert reading.rates(counted)["correct"] == 0.5
+    assert reading.rates(counted)["correct"] == 0.375
 
 
 def test_counting_needs_clean_originals():
@@ -150,28 +150,28 @@ def test_no_strength_no_nuisance():
 
 
 def test_each_nuisance_does_what_it_says():
-    states = STATES[:300]
-    tone = reading.drawn(range(300), 0, shift=0, weight=0)
-    seen = reading.spoil(clean()[:300], tone)
-    torch.testing.assert_close(seen, tone.gain[:, None, None, None] * clean()[:300] + tone.offset[:, None, None, None])
-    shift = reading.drawn(range(300), 0, tone=0, weight=0)
+    states = STATES[:100]
+    tone = reading.drawn(range(100), 0, shift=0, weight=0)
+    seen = reading.spoil(clean()[:100], tone)
+    torch.testing.assert_close(seen, tone.gain[:, None, None, None] * clean()[:100] + tone.offset[:, None, None, None])
+    shift = reading.drawn(range(100), 0, tone=0, weight=0)
     for before, after, (down, right) in zip(
-        clean(), reading.spoil(clean()[:300], shift), shift.shift.tolist(), strict=False
+        clean(), reading.spoil(clean()[:100], shift), shift.shift.tolist(), strict=False
     ):
         torch.testing.assert_close(after, before.roll((down, right), (1, 2)), atol=1e-12, rtol=0)
         assert (
             before[:, :2].max() == before[:, -2:].max() == before[..., :2].max() == before[..., -2:].max() == 0
         )  # nothing wraps
-    weight = reading.drawn(range(300), 0, tone=0, shift=0)
-    seen = reading.spoil(clean()[:300], weight)
+    weight = reading.drawn(range(100), 0, tone=0, shift=0)
+    seen = reading.spoil(clean()[:100], weight)
     torch.testing.assert_close(seen, glyphs.render(states, weight.weight, torch.float64), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kinds", [{}, {"shift": 0, "weight": 0}, {"tone": 0, "weight": 0}, {"tone": 0, "shift": 0}])
 def test_spoilt_pictures_read_the_same_to_who_is_told_and_not_to_others(kinds):
-    nuisance = reading.drawn(range(2000), 2, **kinds)
-    error = torch.rand(2000, 4, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3 * TAU
-    noisy = pictures(glyphs.slots(clean()) + step(normals(2000, 4, 256), error)).clamp(0, 1).float()
+    nuisance = reading.drawn(range(500), 2, **kinds)
+    error = torch.rand(500, 4, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3 * TAU
+    noisy = pictures(glyphs.slots(clean()[:500]) + step(normals(500, 4, 256), error)).clamp(0, 1).float()
     before = reading.read(noisy)
     assert 0.05 < (before == UNREAD).double().mean() < 0.6  # clamping takes part of the noise away
     spoilt = reading.spoil(noisy, nuisance)
@@ -179,31 +179,31 @@ def test_spoilt_pictures_read_the_same_to_who_is_told_and_not_to_others(kinds):
     after = reading.read(spoilt, nuisance)
     assert torch.equal(after[before != UNREAD], before[before != UNREAD])
     assert (after == before).double().mean() > 0.99
-    assert torch.equal(reading.read(reading.spoil(clean().float(), nuisance), nuisance), KINDS)
+    assert torch.equal(reading.read(reading.spoil(clean()[:500].float(), nuisance), nuisance), KINDS[:500])
     assert (reading.read(spoilt) == before).double().mean() < 0.9
 
 
 def test_the_certificate_under_nuisance():
     """No step shorter than `radius` reads as another digit, not even straight to the nearest other one; a longer one does."""
-    nuisance = reading.drawn(range(300), 3)
+    nuisance = reading.drawn(range(120), 3)
     radius, least = reading.radius(nuisance), 0.7**2 * glyphs.least_separation() / 4
     assert (radius >= least).all() and radius.min().item() < 2 * least
     assert least == pytest.approx(0.00163, abs=1e-5)
-    lines = glyphs.slots(reading.undone(reading.spoil(clean()[:300], nuisance), nuisance))
-    worst = towards_others(STATES[:300], nuisance.weight)
+    lines = glyphs.slots(reading.undone(reading.spoil(clean()[:120], nuisance), nuisance))
+    worst = towards_others(STATES[:120], nuisance.weight)
     changed = 0
-    for away in (worst, normals(300, 4, 256)):
+    for away in (worst, normals(120, 4, 256)):
         for share in (0.5, 0.999, 1.5):
             moved = pictures(lines + step(away, share * (radius / nuisance.gain**2)[:, None, None]))
             gain, offset = (v[:, None, None, None] for v in (nuisance.gain, nuisance.offset))
             seen = gain * reading._moved(moved, nuisance.shift) + offset
-            assert ((seen - reading.spoil(clean()[:300], nuisance)) ** 2).mean() == pytest.approx(
+            assert ((seen - reading.spoil(clean()[:120], nuisance)) ** 2).mean() == pytest.approx(
                 share * radius.mean().item()
             )
-            wrong = (reading.read(seen, nuisance) != KINDS[:300]) & (reading.read(seen, nuisance) != UNREAD)
+            wrong = (reading.read(seen, nuisance) != KINDS[:120]) & (reading.read(seen, nuisance) != UNREAD)
             assert share > 1 or not wrong.any()
             nearest, _ = glyphs.nearest(reading.undone(seen, nuisance), nuisance.weight)
-            same = glyphs.classes(nearest) == KINDS[:300]
+            same = glyphs.classes(nearest) == KINDS[:120]
             assert same.all() or share > 1
             changed += int((~same).sum())
     assert changed > 0
