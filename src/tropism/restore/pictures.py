@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +38,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION, _WIDTH = 274, 256
+_ORIENTATION, _WIDTH, _BITS = 274, 256, 258
 _BAND = 16_000_000
 _lock = threading.Lock()
 
@@ -61,9 +62,10 @@ class Picture:
 
     def whole(self) -> Tensor:
         """(1, 3, H, W) float32 in [0, 1], 12 bytes a pixel."""
-        rows = max(1, _BAND // self.width)
-        bands = [self.window(y, 0, min(rows, self.height - y), self.width) for y in range(0, self.height, rows)]
-        return bands[0] if len(bands) == 1 else torch.cat(bands, 2)
+        out, rows = torch.empty(1, 3, self.height, self.width), max(1, _BAND // self.width)
+        for y in range(0, self.height, rows):
+            out[..., y : y + rows, :] = self.window(y, 0, min(rows, self.height - y), self.width)
+        return out
 
 
 def read(path: str | Path, most: int = MOST_PIXELS) -> Picture:
@@ -125,10 +127,12 @@ def _opened(path: Path, most: int) -> Iterator[Image.Image]:
 
 @contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Pillow refuses pictures above 179 million pixels by a global; ours is asked instead."""
+    """Pillow refuses pictures above 179 million pixels by a global; ours is asked instead. Nor does it warn of odd metadata."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
@@ -143,7 +147,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, UnidentifiedImageError):
         return UserError(
             f"{path} is not a PNG, JPEG, TIFF, WebP or BMP file that can be read, or one of a kind of pixels that no "
-            f"viewer agrees on, such as 16-bit colour TIFF. Convert it: magick {path.name} -depth 8 {path.stem}.png"
+            f"viewer agrees on, such as 32-bit colour TIFF. Convert it: magick {path.name} -depth 8 {path.stem}.png"
         )
     if isinstance(error, PermissionError):
         return UserError(f"{path} may not be read. Allow it: chmod u+r {path}")
@@ -161,16 +165,20 @@ def _told(image: Image.Image) -> tuple[str, ...]:
         notes.append("turned as its EXIF orientation says")
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         notes.append(f"the first of its {getattr(image, 'n_frames', 1)} frames")
-    if image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA") and _bits_of_png(image) == 16:
+    if image.mode[:1] not in "IF" and _bits(image) == 16:
         notes.append("16 bits a channel read as 8")
     return tuple(notes)
 
 
-def _bits_of_png(image: Image.Image) -> int:
-    """The bit depth in a PNG's first chunk, which Pillow does not tell."""
+def _bits(image: Image.Image) -> int:
+    """Bits a channel in the file, which Pillow does not tell; 8 for all but PNG and TIFF."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_BITS, (8,)))  # pyright: ignore[reportAttributeAccessIssue]
+    if image.format != "PNG":
+        return 8
     file = image.fp  # pyright: ignore[reportAttributeAccessIssue]
     place = file.tell()
-    file.seek(24)
+    file.seek(24)  # in a PNG's first chunk
     depth = file.read(1)[0]
     file.seek(place)
     return depth
@@ -253,7 +261,8 @@ def png(path: str | Path, height: int, width: int, profile: bytes | None = None)
         with _written(path):
             os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 @contextmanager
