@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tropism.core import UserError
@@ -171,14 +172,27 @@ def test_bicubic_is_pillows():
     assert np.abs(low.permute(1, 2, 0).numpy() - np.asarray(small, float)).max() <= 1.001
 
 
-def test_a_stage_of_the_final_size():
-    """Nothing but a resize that keeps: of the target it is the target's size, and the picture does not change any more."""
-    still = Stage(blur=0, resize=(0, 0, 1), gaussian=1, noise=(0, 0), jpeg=None)
-    how = Degradation((still, replace(still, of_target=True)), modes=("area",))
-    expected = torch.nn.functional.avg_pool2d(PICTURES, 4)
-    assert (degraded(PICTURES, how, 0) - expected).abs().max() <= 0.501 / 255
-    larger = replace(still, resize=(1, 0, 0), factor=(0.5, 1.5))
-    assert all(1 <= drawn(Degradation((larger,)), 0, i).rounds[0].factor <= 1.5 for i in range(50))
+def test_factors_are_of_the_final_size_or_of_the_current_one():
+    """The same draw twice: 32 x 48 times a factor, or 8 x 12 times it, and then to 8 x 12."""
+    still = Stage(blur=0, resize=(0, 1, 0), factor=(0.3, 0.6), gaussian=1, noise=(0, 0), jpeg=None)
+    for of_target, sides in ((False, (32, 48)), (True, (8, 12))):
+        how = Degradation((replace(still, of_target=of_target),), modes=("area",))
+        factor = drawn(how, 0, 0).rounds[0].factor
+        small = F.interpolate(PICTURES[:1], [int(n * factor) for n in sides], mode="area")
+        expected = F.interpolate(small, (8, 12), mode="area")
+        assert (degraded(PICTURES[:1], how, 0) - expected).abs().max() <= 0.501 / 255
+
+
+def test_every_picture_and_stage_has_noise_of_its_own():
+    """With nothing else left to chance: other pixels for another index, another seed, another stage."""
+    noisy = Stage(blur=0, resize=(0, 0, 1), gaussian=1, noise=(20, 20), grey=0, jpeg=None)
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    once, twice = Degradation((noisy,), scale=1), Degradation((noisy, noisy), scale=1)
+    a, b, c = ((degraded(grey, once, s, [i]) - grey).flatten() for s, i in ((0, 0), (0, 1), (1, 0)))
+    for one, other in ((a, b), (a, c)):
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.05
+    both = degraded(grey, twice, 0, [0]) - grey
+    assert both.std().item() * 255 == pytest.approx(20 * math.sqrt(2), rel=0.03), "the second field repeats the first"
 
 
 def test_every_step_leaves_its_mark():
