@@ -5,7 +5,7 @@ batch nor the other pictures change it.
 
 Real-ESRGAN also sharpens the references it trains on; that is left out, since a reward that compares with a sharpened reference
 teaches over-sharpening. Its JPEG is a differentiable stand-in with real-valued qualities; ours is Pillow's file (4:2:0), whole qualities.
-Source: Real-ESRGAN, Wang et al., arXiv 2107.10833, figure 2 and section 3.
+Source: Real-ESRGAN, Wang et al., arXiv 2107.10833, section 3.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A Gaussian family in q = d^T S^-1 d, d the offset from the centre in pixels and S the covariance of a rotated ellipse:
 exp(-q^beta / 2), which is the Gaussian at beta = 1, and the plateau 1 / (1 + q^beta), flatter on top. And the ideal circular
 low-pass, cutoff J1(cutoff r) / (2 pi r), whose side lobes ring ("sinc").
-Source: Real-ESRGAN, Wang et al., arXiv 2107.10833, section 3; Liu et al., arXiv 1705.08041, for the generalised shapes.
+Source: Real-ESRGAN, Wang et al., arXiv 2107.10833, section 3.
 """
 
 from __future__ import annotations

@@ -76,9 +76,9 @@ def upscaled(
     context: int = 32,
     blend: int = 32,
 ) -> None:
-    """A picture file through a function (1, 3, h, w) -> (1, 3, k h, k w) into the PNG file `path`; memory is one row of tiles.
+    """A picture file through a function (1, 3, h, w) -> (1, 3, k h, k w) into the PNG file `path`, a row of tiles at a time.
 
-    The file is there when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
+    Beside the picture that takes 12 k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels and k = 4. The file is there when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
     """
     pieces = strips(function, picture.window, picture.height, picture.width, tile=tile, context=context, blend=blend)
     first = next(pieces)
