@@ -376,7 +376,9 @@ def test_what_is_saved_is_what_pillow_reads(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
-def test_rows_in_pieces(tmp_path):
+@pytest.mark.parametrize("band", [1, 20 * 4, 10**6])
+def test_rows_in_pieces(tmp_path, monkeypatch, band):
+    monkeypatch.setattr(pictures, "_BAND", band)
     image = torch.from_numpy(COLOURS).permute(2, 0, 1)[None] / 255
     profile = b"\0" * 16 + b"RGB " + b"\0" * 108
     with pictures.png(tmp_path / "a.png", 12, 20, profile) as write:

@@ -1,6 +1,7 @@
 """Tiles: the whole picture's result where the function looks no further than the context, and no seam where it does."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -157,6 +158,24 @@ def test_a_tile_at_a_time():
     reads = [i for i, (what, _) in enumerate(order) if what == "read"]
     gave = [i for i, (what, _) in enumerate(order) if what == "gave"]
     assert gave[0] < reads[2] and gave[-2] < gave[-1] and reads[-1] > gave[2]
+
+
+def test_one_row_of_tiles_is_in_memory(tmp_path, monkeypatch):
+    """When a row is made, nobody holds the row before it: of a large picture that would be gigabytes."""
+    made, alive, strip_of = [], [], tiles._strip
+
+    def watched(*arguments):
+        alive.append(sum(ref() is not None for ref in made))
+        strip, k = strip_of(*arguments)
+        made.append(weakref.ref(strip))
+        return strip, k
+
+    monkeypatch.setattr(tiles, "_strip", watched)
+    image = picture(120, 60)
+    pictures.save(image, tmp_path / "in.png")
+    tiles.upscaled(lambda x: x, pictures.read(tmp_path / "in.png"), tmp_path / "out.png", tile=32, context=2, blend=2)
+    tiles.tiled(lambda x: x, image, tile=32, context=2, blend=2)
+    assert len(alive) == 10 and max(alive) == 0
 
 
 def test_from_file_to_file(tmp_path):

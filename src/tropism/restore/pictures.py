@@ -39,7 +39,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION, _WIDTH, _BITS = 274, 256, 258
-_BAND = 16_000_000
+_BAND = 4_000_000
+"""Pixels that become numbers, or bytes, at once."""
 _lock = threading.Lock()
 
 
@@ -284,10 +285,12 @@ def _png_rows(file: BinaryIO, path: Path, height: int, width: int, profile: byte
             file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
 
     def write(rows: Tensor) -> None:
-        nonlocal above
         assert rows.shape[:2] == (1, 3) and rows.shape[3] == width and rows.shape[2] <= left[0], rows.shape
-        if not rows.shape[2]:
-            return
+        for band in rows.split(max(1, _BAND // width), 2) if rows.shape[2] else ():
+            write_band(band)
+
+    def write_band(rows: Tensor) -> None:
+        nonlocal above
         if not bool(torch.isfinite(rows).all()):
             raise UserError(
                 "The result has pixels that are not finite numbers. Run the model in float32 (--dtype float32)."

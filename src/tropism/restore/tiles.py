@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ def tiled(
             out = rows.new_empty(*rows.shape[:2], k * height, k * width)
         out[..., at : at + rows.shape[-2], :] = rows
         at += rows.shape[-2]
+        del rows
     return out
 
 
@@ -78,14 +79,18 @@ def upscaled(
 ) -> None:
     """A picture file through a function (1, 3, h, w) -> (1, 3, k h, k w) into the PNG file `path`, a row of tiles at a time.
 
-    Beside the picture that takes 12 k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels and k = 4. The file is there when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
+    Beside the picture that takes 12 k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels and k = 4. The file is there
+    when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
     """
     pieces = strips(function, picture.window, picture.height, picture.width, tile=tile, context=context, blend=blend)
     first = next(pieces)
     k = first.shape[-1] // picture.width
     with png(path, k * picture.height, k * picture.width, picture.profile) as write:
-        for rows in chain([first], pieces):
+        write(first)
+        del first  # or the row of tiles that it is a part of would stay while others are made, here and below
+        for rows in pieces:
             write(rows)
+            del rows
 
 
 def strips(
@@ -120,6 +125,7 @@ def strips(
         end = fades[i][0] if i < len(fades) else height
         yield strip[..., (begin - top) * k : (end - top) * k, :]
         held = strip[..., (end - top) * k : (end - top + blend) * k, :].clone() if i < len(fades) else None
+        del strip
 
 
 def _strip(
