@@ -31,6 +31,7 @@ class Stream(IntEnum):
     SHUFFLE = 8
     EVAL = 9
     WATCH = 10
+    DEGRADE = 11
 
 
 _WORD = (1 << 64) - 1
