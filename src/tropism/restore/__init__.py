@@ -1,0 +1,1 @@
+"""What only super-resolution needs: judges of invented detail, and what they are asked."""
