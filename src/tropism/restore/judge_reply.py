@@ -16,6 +16,8 @@ from tropism.restore.judge_prompt import HIGHEST, LOWEST
 MOST_TEXT = 65_536
 """Letters of a reply that are read, the last ones."""
 MOST_ITEMS = 200
+MOST_STARTS = 2000
+_START = re.compile(r"\{(?=\s*[\"}])")
 _SCORE = re.compile(
     r"\b(?:score|level)\b[\s\"'*_]*(?:is|of|=|:)?[\s\"'*_]*([1-5])(?:\.0+)?\b(?![.,]\d)(?!\s*(?:-|–|to|through|or|and)\s*\d)",
     re.I,
@@ -97,16 +99,16 @@ def _spoken(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The outermost JSON objects of a text, in order."""
-    decoder, at = json.JSONDecoder(), text.find("{")
-    while at >= 0:
+    """The outermost JSON objects of a text, in order; the last MOST_STARTS places where one could begin are tried."""
+    decoder, end = json.JSONDecoder(), 0
+    for start in [m.start() for m in _START.finditer(text)][-MOST_STARTS:]:
+        if start < end:
+            continue
         try:
-            found, end = decoder.raw_decode(text, at)
+            found, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            yield found
-        at = text.find("{", end)
+            continue
+        yield found
 
 
 def _in_prose(said: str, text: str) -> int:
