@@ -229,6 +229,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000, level: 
     if len(values) < 2:
         return math.nan, math.nan
     rng, x = np.random.default_rng(seed), np.asarray(values, float)
-    means = np.array([x[rng.integers(len(x), size=len(x))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    piece = max(1, 10**6 // len(x))  # drawings held at a time
+    sizes = [min(piece, draws - done) for done in range(0, draws, piece)]
+    means = [x[rng.integers(len(x), size=(size, len(x)))].mean(1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
