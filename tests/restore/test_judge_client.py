@@ -124,14 +124,26 @@ def dribbling(handler):
 
 @pytest.mark.parametrize("how", [hanging, dribbling])
 def test_who_hangs_is_left_and_asked_again(server, time, how):
-    server.script = [how]
+    """It hangs until the client has paused; then it has all the time that a busy machine may need."""
     client = endpoint(server, time, timeout=0.1)
+    server.respond = lambda _: how if not time.pauses else None
+
+    def sleep(seconds):
+        client.timeout = 60
+        time.sleep(seconds)
+
+    client.sleep = sleep
     assert HallucinationJudge(client, repeats=1).score(SR, GT).score == 4
-    assert len(server.requests) == 2
+    assert (client.ledger.requests, len(time.pauses)) == (2, 1)
+
+
+@pytest.mark.parametrize("how", [hanging, dribbling])
+def test_who_hangs_for_good_is_given_up(server, time, how):
     server.respond = lambda _: how
+    client = endpoint(server, time, timeout=0.1, retries=1)
     with pytest.raises(JudgeUnavailable, match=r"failed 2 times, the last time with: no answer within 0\.1 s"):
-        score(endpoint(server, time, timeout=0.1, retries=1))
-    assert len(server.requests) == 4
+        score(client)
+    assert client.ledger.requests == 2
 
 
 def test_nobody_there(time):

@@ -163,10 +163,10 @@ def test_a_share_is_also_shown_in_the_other_order(server, tmp_path):
 
     rows, names = tried(given)
     assert 3 < len(names) < 15 and {row.swap_difference for row in rows if row.name in names} == {1.0}
-    assert len(server.requests) == 30 + len(names)
+    assert len(server.requests) == 2, "equal pictures are one question"
     told = summary(rows)
     assert (told.swaps, told.swap_difference) == (len(names), 1.0)
-    assert tried(given[::-1])[1] == names[::-1] and len(server.requests) == 30 + len(names)
+    assert tried(given[::-1])[1] == names[::-1]
 
 
 def test_where_only_the_other_order_fails_the_score_stays(server, tmp_path):
