@@ -18,7 +18,7 @@ from tropism.core import UserError
 from tropism.restore.judge import HallucinationJudge, HSResult, reward_of
 from tropism.restore.judge_client import Endpoint
 from tropism.restore.judge_ledger import Ledger
-from tropism.restore.judge_pictures import boxes, framed, shown
+from tropism.restore.judge_pictures import boxes, framed, outward, shown
 from tropism.restore.judge_prompt import MODES, SCHEMA, VERSION, Question
 from tropism.restore.judge_reply import Item, parse
 from tropism.rewards.pixels import resized
@@ -157,6 +157,10 @@ def test_boxes_in_tiles_are_those_of_the_whole(server):
     sr[:, 48:, 32:48] = 1 - sr[:, 48:, 32:48]
     got = judge(server, tiles=2).score(sr, GT)
     assert {item.box for item in got.items} == {(0.5, 0.75, 0.75, 1.0)} and len(got.items) == 2
+
+
+def test_a_box_in_an_uneven_tile():
+    assert outward((0.5, 0, 1, 0.5), (0.2, 0.5, 0.6, 1.0)) == pytest.approx((0.4, 0.5, 0.6, 0.75))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (7, 5), (101, 3)])

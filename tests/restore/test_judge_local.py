@@ -6,7 +6,7 @@ from judge_stub import scene, spoilt
 from PIL import Image
 from test_clip import processor
 from test_vqa import qwen_processor
-from tiny_vlm import tiny_llava, tiny_qwen2, tiny_qwen25
+from tiny_vlm import tiny_llava, tiny_qwen25
 from transformers import LlavaProcessor
 
 from tropism.core import UserError
@@ -17,7 +17,7 @@ from tropism.restore.judge_pictures import WHOLE, framed, shown
 from tropism.restore.judge_prompt import Question
 from tropism.restore.judge_reply import JudgeFailed, ParseError
 
-MADE = {"llava": tiny_llava, "qwen2_vl": tiny_qwen2, "qwen2_5_vl": tiny_qwen25}
+MADE = {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen25}
 GT, LR = scene(side=48)
 SR = spoilt(GT, 4)
 QUESTION = Question(shown(framed(SR, GT, LR), WHOLE))
