@@ -1,1 +1,1 @@
-"""What only restoration needs: making low-resolution pictures, reading and pairing files, and pictures larger than memory."""
+"""What only restoration needs: low-resolution pictures made, files read and paired, tiles, judges of invented detail."""

@@ -25,8 +25,17 @@ MOST_ANSWER = 2**20
 """Bytes of an answer: some hundred are enough for a sample."""
 
 
-class _Passing(Exception):
+class Passing(Exception):
     """A failure that may pass: no connection, no answer in time, half an answer, a busy or broken server."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent back, whatever its status. Names of headers are in small letters."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 @dataclass(frozen=True)
@@ -44,20 +53,23 @@ class Place:
         return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.base}"
 
 
-def place_of(url: str) -> Place:
-    """The parts of an address. Raises UserError for one that cannot be, or that holds a secret, which would be written into config.yaml."""
+def place_of(url: str, what: str = "reward", variable: str = TOKEN) -> Place:
+    """The parts of an address. Raises UserError for one that cannot be, or that holds a secret, which would be written into config.yaml.
+
+    what: whose address it is; variable: where a secret belongs instead, for the messages.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise UserError(
-            f"The address of the reward cannot be read ({error}). Write http://HOST:PORT[/PATH]."
+            f"The address of the {what} cannot be read ({error}). Write http://HOST:PORT[/PATH]."
         ) from error
     secret = [k for k, _ in parse_qsl(parts.query, keep_blank_values=True) if _is_secret(k.lower())]
     if parts.username is not None or secret:
         raise UserError(
-            f"The reward's address holds a secret{f' ({secret[0]})' if secret else ''}, and addresses are written into the run folder. "
-            f"Leave it out and set the environment variable {TOKEN}; it is sent as a bearer token."
+            f"The {what}'s address holds a secret{f' ({secret[0]})' if secret else ''}, and addresses are written into the run folder. "
+            f"Leave it out and set the environment variable {variable}; it is sent as a bearer token."
         )
     if (
         parts.scheme not in ("http", "https")
@@ -66,7 +78,7 @@ def place_of(url: str) -> Place:
         or not (url.isascii() and url.isprintable())
         or " " in url
     ):
-        raise UserError(f"{url!r} is no address of a reward server. Write http://HOST:PORT[/PATH].")
+        raise UserError(f"{url!r} is no address of a {what} server. Write http://HOST:PORT[/PATH].")
     return Place(parts.scheme, host, port, parts.path.rstrip("/"), f"?{parts.query}" if parts.query else "")
 
 
@@ -111,7 +123,7 @@ class Connection:
                 return answer
             except Refused as error:
                 raise self.wrong(error) from error
-            except _Passing as error:
+            except Passing as error:
                 if attempt == retries:
                     times = f" {retries + 1} times" if retries else ""
                     raise UserError(
@@ -122,30 +134,12 @@ class Connection:
         raise AssertionError("unreachable")
 
     def _once(self, method: str, path: str, body: bytes | None) -> bytes:
-        """The bytes of an answer of status 200. Raises _Passing, Refused, or UserError where trying again cannot help."""
+        """The bytes of an answer of status 200. Raises Passing, Refused, or UserError where trying again cannot help."""
         self.requests += 1
-        headers = {"Accept": "application/json", "Connection": "close", "User-Agent": "tropism"}
-        headers |= {"Content-Type": "application/json"} if body is not None else {}
-        headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        kind = http.client.HTTPSConnection if self.place.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.place.host, self.place.port, timeout=self.timeout)
-        with _at_most(self.timeout, connection):
-            connection.request(method, self.place.base + path + self.place.query, body, headers)
-            response = connection.getresponse()
-            answer = self._read(response)
-        if response.status != 200:
-            self._explain(response.status, response.getheader("Location"), answer)
-        return answer.replace(self._token.encode(), b"***") if self._token else answer
-
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """The whole body. Raises Refused where it is too long."""
-        expected = response.length
-        answer = b"" if expected is not None and expected > self.most else response.read(self.most + 1)
-        if len(answer) > self.most or (expected or 0) > self.most:
-            raise Refused(f"longer than {self.most} bytes")
-        if expected is not None and len(answer) < expected:
-            raise _Passing(f"it sent {len(answer)} of {expected} bytes")
-        return answer
+        answer = exchange(self.place, method, path, body, self._token, timeout=self.timeout, most=self.most)
+        if answer.status != 200:
+            self._explain(answer.status, answer.headers.get("location"), answer.body)
+        return answer.body.replace(self._token.encode(), b"***") if self._token else answer.body
 
     def _explain(self, status: int, location: str | None, answer: bytes) -> None:
         """Raises what an answer that is no success means."""
@@ -154,7 +148,7 @@ class Connection:
         except Refused:
             said = ""
         if status >= 500 or status == 429:
-            raise _Passing(f"status {status}{said}")
+            raise Passing(f"status {status}{said}")
         if status in (401, 403):
             how = "refused the token in" if self._token else "asks for a token; set"
             raise UserError(f"The reward server {self.place} {how} the environment variable {TOKEN} (status {status}).")
@@ -180,9 +174,39 @@ class Connection:
         )
 
 
+def exchange(
+    place: Place, method: str, path: str, body: bytes | None, token: str | None, *, timeout: float, most: int
+) -> Answer:
+    """One request and its answer, within `timeout` seconds in all; redirects are not followed. token: a bearer token, told to nobody else.
+
+    Raises Passing, and Refused for an answer of more than `most` bytes.
+    """
+    headers = {"Accept": "application/json", "Connection": "close", "User-Agent": "tropism"}
+    headers |= {"Content-Type": "application/json"} if body is not None else {}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+    connection = kind(place.host, place.port, timeout=timeout)
+    with at_most(timeout, connection):
+        connection.request(method, place.base + path + place.query, body, headers)
+        response = connection.getresponse()
+        text = _read(response, most)
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, text)
+
+
+def _read(response: http.client.HTTPResponse, most: int) -> bytes:
+    """The whole body. Raises Refused where it is too long."""
+    expected = response.length
+    answer = b"" if expected is not None and expected > most else response.read(most + 1)
+    if len(answer) > most or (expected or 0) > most:
+        raise Refused(f"longer than {most} bytes")
+    if expected is not None and len(answer) < expected:
+        raise Passing(f"it sent {len(answer)} of {expected} bytes")
+    return answer
+
+
 @contextmanager
-def _at_most(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
-    """A connection that ends after so many seconds in all: a socket's own limit starts anew with every byte. Its failures are _Passing."""
+def at_most(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
+    """A connection that ends after so many seconds in all: a socket's own limit starts anew with every byte. Its failures are Passing."""
     late = threading.Event()
     end = threading.Timer(seconds, lambda: None)
     try:
@@ -199,11 +223,11 @@ def _at_most(seconds: float, connection: http.client.HTTPConnection) -> Iterator
         end.start()
         yield
         if late.is_set():  # what was read until then may look whole
-            raise _Passing("cut")
-    except (OSError, http.client.HTTPException, _Passing) as error:
+            raise Passing("cut")
+    except (OSError, http.client.HTTPException, Passing) as error:
         slow = late.is_set() or isinstance(error, TimeoutError)
         said = str(error) or type(error).__name__
-        raise _Passing(f"no answer within {seconds:g} s" if slow else said) from error
+        raise Passing(f"no answer within {seconds:g} s" if slow else said) from error
     finally:
         end.cancel()
         connection.close()

@@ -37,12 +37,17 @@ class Refused(ValueError):
     """A message that is not of this form: the text says what is wrong."""
 
 
-def own_token() -> str | None:
+def own_token(variable: str = TOKEN) -> str | None:
     """The token of the environment, None without one. Raises UserError, which does not repeat it, for one that no header can hold."""
-    token = os.environ.get(TOKEN) or None
-    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+    token = os.environ.get(variable) or None
+    return None if token is None else sendable(token, variable)
+
+
+def sendable(token: str, where: str) -> str:
+    """`token`, which was found at `where`. Raises UserError, which does not repeat it, where no header can hold it."""
+    if not (token.isascii() and token.isprintable() and " " not in token):
         raise UserError(
-            f"The token in {TOKEN} holds spaces, line breaks or letters beyond ASCII. Set it anew, without them."
+            f"The token in {where} holds spaces, line breaks or letters beyond ASCII. Set it anew, without them."
         )
     return token
 
