@@ -10,7 +10,7 @@ from tropism.race import curves
 from tropism.race.curves import Curve
 from tropism.race.page import gap, paired, reach
 from tropism.race.plan import SEARCH, plan_of
-from tropism.race.runs import Job, asked_of
+from tropism.race.runs import Job, asked_of, points_of
 from tropism.run.ledger import AXES
 
 PLAN = {
@@ -45,6 +45,9 @@ def test_the_search_takes_the_highest_mean_and_no_failed_run():
     tried = [[curve([0, 0, 1]), curve([0, 0, 3])], [curve([0, 0, 9])], [], [curve([0, 0, math.nan])]]
     assert curves.chosen(tried, "reward") == 1
     assert curves.chosen(tried[:1] + tried[2:], "reward") == 0
+    assert (
+        curves.chosen([[curve([0, 9]), None], [curve([0, -2]), curve([0, -4])]], "reward") == 1
+    )  # it blew up on one seed
 
 
 def test_the_interval_of_paired_differences_is_students():
@@ -57,6 +60,8 @@ def test_diversity_is_compared_where_gold_is_equal():
     run = curve([0, 0, 0], gold=[0.0, 1.0, 2.0], diversity=[1.0, 0.8, 0.4])
     assert curves.diversity_at(run, "gold", 1.5) == pytest.approx(0.6)
     assert math.isnan(curves.diversity_at(run, "gold", 3.0))
+    falling = curve([0, 0, 0], gold=[0.5, 0.4, 0.2], diversity=[1.0, 2.0, 3.0])
+    assert math.isnan(curves.diversity_at(falling, "gold", 0.2)) and curves.diversity_at(falling, "gold", 0.5) == 1
 
 
 def test_an_objective_follows_a_method_longer_in_its_test_runs_alone():
@@ -67,6 +72,11 @@ def test_an_objective_follows_a_method_longer_in_its_test_runs_alone():
     ]
     assert (budget(0, True), budget(1, True)) == (60, 30)
     assert budget(0, False) == budget(1, False) == 15  # the search: half of three times the budget
+    points = lambda o, is_test: points_of(plan, Job(plan.objectives[o], plan.entries[1], 0, 5, is_test))
+    assert points(1, True) == pytest.approx(
+        [1 / 15, 2 / 15, 3 / 15, 4 / 15, 1 / 3, 0.4, 0.6, 0.8]
+    )  # five in 30 s, five in 10 s
+    assert points(0, False) == []
 
 
 def test_two_methods_diversity_at_the_lower_one_s_gold_within_the_budget():

@@ -60,7 +60,7 @@ def plan_from(
         "methods": {m: {"settings": {"eta": 1.0}} if m == "ddpo" else {} for m in methods},
         "budget": ledger.budget_of(budget),
         "seeds": range(seeds),
-        "settings": {"prompts": prompts} if prompts else {},
+        "settings": {"evaluate_eta": 0.0, **({"prompts": prompts} if prompts else {})},
     }
     return plan_of(found)
 
@@ -168,7 +168,7 @@ def _run(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[
                 lambda update: own_rows(asked.batch(update)),
                 recorder=recorder,
                 evaluate=judge,
-                evaluate_points=plan.points if job.is_test else 0,
+                evaluate_at=runs.points_of(plan, job),
                 budget=budget,
                 prices=objective.prices,
                 keep=1,

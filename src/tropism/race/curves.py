@@ -61,9 +61,13 @@ def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:
     return Curve(spent, columns)
 
 
-def chosen(tried: Sequence[Sequence[Curve]], column: str) -> int:
-    """The configuration (runs of it) whose last `column` is highest in the mean over tuning seeds; what is not finite loses."""
-    means = [np.mean([c.last(column) for c in runs]) if runs else math.nan for runs in tried]
+def chosen(tried: Sequence[Sequence[Curve | None]], column: str) -> int:
+    """The configuration (its runs, None for one that blew up) whose last `column` is highest in the mean over tuning seeds.
+
+    One that blew up on any seed, or whose score is not finite there, loses to every one that did not.
+    """
+    last = lambda c: math.nan if c is None else c.last(column)
+    means = [np.mean([last(c) for c in runs]) if runs else math.nan for runs in tried]
     return int(np.argmax(np.nan_to_num(means, nan=-math.inf)))
 
 
@@ -89,8 +93,12 @@ def paired(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) 
 
 
 def diversity_at(curve: Curve, gold: str, level: float) -> float:
-    """The diversity of a run where its gold score first was at `level`, linearly between evaluations; NaN if it never was."""
+    """The diversity of a run where its gold score first was at `level`, linearly between evaluations; NaN if it never was, and for
+    a level below the base model's.
+    """
     y, d = curve.columns[gold], curve.columns["diversity"]
+    if level <= y[0]:
+        return float(d[0]) if level == y[0] else math.nan
     for i in range(1, len(y)):
         if y[i] >= level:
             share = 1.0 if y[i] == y[i - 1] else min(1.0, max(0.0, (level - y[i - 1]) / (y[i] - y[i - 1])))

@@ -59,10 +59,9 @@ def tests(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Job
     """The test runs of a method, with the configuration that its search chose."""
     config = 0
     if plan.tuned(entry):
-        found: list[list[Curve]] = [[] for _ in entry.search]
+        found: list[list[Curve | None]] = [[] for _ in entry.search]
         for job in searches(plan, objective, entry):
-            if curve := runs.curve(out, plan, job):
-                found[job.config].append(curve)
+            found[job.config].append(runs.curve(out, plan, job))
         config = curves.chosen(found, objective.gold)
     return [Job(objective, entry, config, seed, is_test=True) for seed in plan.seeds]
 
@@ -115,17 +114,18 @@ def paired(plan: Plan, objective: Objective, found: Tested, one: str, other: str
     """By how much a method's gold score is above another's at the budget, seed by seed, with a 95 % interval; and its diversity
     above the other's where both had the same gold score: what the lower of the two ended at, where each first had it.
     """
-    golds = [ends(plan, objective, found[name]) for name in (one, other)]
-    mean, low, high = curves.paired(*golds)
+    ours, theirs = (ends(plan, objective, found[name]) for name in (one, other))
+    mean, low, high = curves.paired(ours, theirs)
     told = {"name": other, "mean": mean, "low": low, "high": high}
     if "diversity" not in found[one][0].columns:
         return told
     at = lambda name: [
         curves.diversity_at(c, objective.gold, min(pair))
-        for c, pair in zip(found[name], zip(*golds, strict=True), strict=True)
+        for c, pair in zip(found[name], zip(ours, theirs, strict=True), strict=True)
     ]
     both = [(a, b) for a, b in zip(at(one), at(other), strict=True) if math.isfinite(a + b)]
-    return told | {"matched": curves.paired(*zip(*both, strict=True)) if both else None, "seeds": len(both)}
+    matched = curves.paired([a for a, _ in both], [b for _, b in both]) if both else None
+    return told | {"matched": matched, "seeds": len(both)}
 
 
 def gap(found: Tested, name: str, column: str) -> float:

@@ -62,6 +62,17 @@ def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
     return own | {"settings": settings, "budget": budget, "prices": dict(job.objective.prices), "seed": job.seed}
 
 
+def points_of(plan: Plan, job: Job) -> list[float]:
+    """The shares of a run after which it is evaluated, beside its end: a test run's points and, where it is followed beyond the plan's
+    budget, those that the others have within it, so that what it is at the budget is measured.
+    """
+    if not job.is_test:
+        return []
+    parts = [i / plan.points for i in range(1, plan.points + 1)]
+    longer = asked_of(plan, job)["budget"][plan.axis] / plan.budget[plan.axis]
+    return sorted({round(share, 12) for share in (*parts, *(p / longer for p in parts)) if share < 1})
+
+
 def keep(out: Path, plan: Plan, job: Job, rows: list[dict[str, Any]], failed: str = "") -> None:
     """Write a finished run, whole or not at all. failed: what a run that could not go on said."""
     told = asked_of(plan, job) | {"config": dict(job.overlay), "failed": failed, "evaluations": rows}

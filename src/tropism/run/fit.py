@@ -144,7 +144,7 @@ def fit(
     resume: bool = False,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_every: int = 0,
-    evaluate_points: int = 0,
+    evaluate_at: Sequence[float] = (),
     budget: Mapping[str, float] | None = None,
     prices: Mapping[str, float] | None = None,
     watch: Watcher | None = None,
@@ -160,8 +160,8 @@ def fit(
     micro_batch: rows a piece; what an algorithm reports as scalar "micro_batch" replaces it and is saved.
     evaluate: updates done -> numbers for the record, called with the average in place, before the first update, every
     `evaluate_every` (0: never between) and after the last. budget: {axis of `run.ledger`: limit}; the update that reaches one is the
-    last. prices: see `ledger.cost`. evaluate_points: also whenever another of so many parts of the run is done, however many updates
-    that takes. watch: asked after every update for numbers and alarms; on an alarm at an evaluation the run ends with the best
+    last. prices: see `ledger.cost`. evaluate_at: also as soon as these shares of the run, between 0 and 1, are done, however many
+    updates that takes. watch: asked after every update for numbers and alarms; on an alarm at an evaluation the run ends with the best
     weights ("stop") or goes back to them with half the rate ("shrink"). callback: (updates done, Info). finish: called at the end
     with the result in the parameters, still protected from signals (export, report).
     Raises UserError for a run that cannot learn, a reward that raises an exception (its batch is kept in failed_batch/), a reward, loss
@@ -182,7 +182,7 @@ def fit(
             before = run.spent.get("forwards", 0.0)
             info, row = _one_update(step, batches(run.update), run, seed, stop, prices)
             now = max(run.update / updates, ledger.share(run.spent, budget))
-            last, point = now >= 1, int(now * evaluate_points) > int(done * evaluate_points)
+            last, point = now >= 1, any(done < share <= now for share in evaluate_at)
             if watch:
                 row |= watch.observe(run.update, info, before, run.spent["forwards"])
                 told.append(row)
