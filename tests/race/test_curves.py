@@ -99,7 +99,7 @@ def test_a_band_is_mean_and_spread_up_to_the_shortest_run():
 
 
 def test_what_others_need_for_the_level_of_one():
-    found = {"slow": [curve([0, 1, 2]), curve([0, 1, 2])], "fast": [curve([0, 4, 10]), curve([0, 1, 1])]}
+    found = {"slow": [curve([0, 1, 2])] * 3, "fast": [curve([0, 4, 10]), curve([0, 1, 1]), curve([0, 2, 5.5])]}
     assert gap(found, "slow", "reward") == pytest.approx(2 / 5.5)
     lifted = {
         name: [curve([y + 1 for y in c.columns["reward"]], x=range(len(c.columns["reward"]))) for c in of]
@@ -107,8 +107,10 @@ def test_what_others_need_for_the_level_of_one():
     }
     assert gap(lifted, "slow", "reward") == pytest.approx(2 / 5.5)  # of the way from the base, wherever that is
     slow, fast = reach(found, "slow", "reward")
-    assert (slow.name, slow.costs["seconds"]) == ("slow", (2.0, 2))
-    assert fast.costs["seconds"] == (0.5, 1)  # one of two seeds got there
+    assert (slow.name, slow.costs["seconds"]) == ("slow", (2.0, 3))
+    assert fast.costs["seconds"] == (1.0, 2)  # .5, 1 and never
+    some = reach({**found, "fast": found["fast"][:2]}, "slow", "reward")[1]
+    assert some.costs["seconds"] == (math.inf, 1)  # one of two seeds got there: no median to quote
 
 
 def test_a_plan_of_names_alone_has_six_configurations_a_method():

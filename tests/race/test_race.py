@@ -83,6 +83,24 @@ def test_a_run_that_blows_up_loses_the_search(folder, tmp_path):
     assert "not finite" in chosen(1e30)
 
 
+def test_a_gold_measure_that_is_none_is_named_after_the_first_run(folder, tmp_path):
+    objectives = {"bytes": {"reward": "jpeg", "gold": "watch/jpg", "watch": ["jpeg"]}}
+    with pytest.raises(UserError, match=r"no measure of bytes 'watch/jpg'\. Did you mean 'watch/jpeg'"):
+        race(plan(folder, tmp_path, objectives=objectives), out=tmp_path / "out", search_only=True)
+    assert len(list((tmp_path / "out").rglob("search-*.json"))) == 1
+
+
+def test_base_pictures_of_other_held_out_prompts_are_others(folder, tmp_path):
+    (tmp_path / "other.txt").write_text("a bird\na fish\n")
+    one = {"method": "draft", "search": [{"lr": 1e-9}]}
+    methods = {"one": one, "other": {**one, "settings": {"held_out": str(tmp_path / "other.txt")}}}
+    more = {"methods": methods, "level_of": "", "longer": {}, "seeds": [0], "tuning_share": 1.0}
+    race(plan(folder, tmp_path, **more), out=tmp_path / "out")
+    told = [json.loads((tmp_path / f"out/bytes/{m}/test-0.json").read_text())["evaluations"] for m in ("one", "other")]
+    assert told[0][0]["held_out/reward"] != told[1][0]["held_out/reward"]
+    assert all(rows[-1]["drift"] < 1e-9 for rows in told)
+
+
 @pytest.mark.parametrize(
     ("methods", "said"),
     [

@@ -116,6 +116,7 @@ def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict
             raise
         failed = str(error)
     runs.keep(out, plan, job, curves.evaluations(folder), failed)
+    runs.curve(out, plan, job)
     if not job.is_test:
         shutil.rmtree(folder)
 
@@ -160,7 +161,8 @@ def _run(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[
     try:
         with Recorder(folder, request.as_plain(kept), overwrite=True, console=Console(file=io.StringIO())) as recorder:
             eta = settings["eta"] if settings["evaluate_eta"] is None else settings["evaluate_eta"]
-            drawn = f"{objective.name} {job.seed} {asked.sampling()} {eta} {settings['evaluate_prompts']}"
+            looks = [str(settings[n]) for n in ("height", "width", "scheduler", "quantize", "t5", "dtype")]
+            drawn = repr((objective.name, job.seed, asked.sampling(), eta, looks, asked.held))
             judge = judge_of(asked, folder, {}, plan.prompts_each, bases.get(drawn))
             fit(
                 bound(function, asked, settings["normalise"], {}),

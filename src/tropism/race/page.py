@@ -43,7 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Reach:
-    """What a method spent, on every axis, until it was where the reference ends: (median over the seeds that got there, how many did)."""
+    """What a method spent, on every axis, until it was where the reference ends: (median over the seeds, how many got there).
+
+    A seed that did not get there counts as infinite, so the median is finite only where more than half did.
+    """
 
     name: str
     costs: Mapping[str, tuple[float, int]]
@@ -142,8 +145,9 @@ def reach(found: Tested, reference: str, column: str) -> list[Reach]:
     for name, of in found.items():
         costs = {}
         for axis in AXES:
-            paid = [x for c in of if math.isfinite(x := curves.cost_to_reach(c, level, column, axis))]
-            costs[axis] = (float(np.median(paid)) if paid else math.inf, len(paid))
+            paid = sorted(curves.cost_to_reach(c, level, column, axis) for c in of)
+            middle = (paid[(len(paid) - 1) // 2] + paid[len(paid) // 2]) / 2
+            costs[axis] = (middle, sum(map(math.isfinite, paid)))
         rows.append(Reach(name, costs))
     return rows
 

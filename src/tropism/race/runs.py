@@ -18,6 +18,7 @@ from torch import Tensor
 from tropism.core import UserError
 from tropism.race.curves import Curve, curve_of
 from tropism.race.plan import Entry, Objective, Plan
+from tropism.run.checks import known
 from tropism.run.evaluate import Evaluation
 from tropism.run.report import spread
 
@@ -102,9 +103,13 @@ def kept(out: Path, plan: Plan, job: Job) -> dict[str, Any] | None:
 
 
 def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
-    """The curve of a finished run; None for one that failed or is not there."""
+    """The curve of a finished run; None for one that failed or is not there. Raises UserError if the gold measure is not in it."""
     told = kept(out, plan, job)
-    return curve_of(told["evaluations"]) if told and not told["failed"] else None
+    if not told or told["failed"]:
+        return None
+    found = curve_of(told["evaluations"])
+    known(job.objective.gold, found.columns, f"measure of {job.objective.name}")
+    return found
 
 
 def keep_pictures(out: Path, job: Job, base: Evaluation, trained: Evaluation, each: int) -> None:
