@@ -1,16 +1,17 @@
 """AlignProp as an algorithm: one update is one yield, the reward rises, the options do what they say."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import ToyModel, batch, smooth_reward
 
 from tropism.align.alignprop import alignprop
-from tropism.align.rollout import Chain, plain
+from tropism.align.rollout import Chain, agreement_of, plain
 from tropism.align.truncation import bernoulli
 from tropism.align.update import reward_loss
-from tropism.core import Draw, Stream, UserError, generator
+from tropism.core import Draw, Stream, UserError, clamp, generator
 from tropism.rewards.combine import weighted
 from tropism.rewards.named import Named
 
@@ -87,6 +88,18 @@ def test_what_an_update_reports():
     assert info.scalars["part_norm/two"] == pytest.approx(1.5 * info.scalars["part_norm/one"])
     rows = {"forward": 2 * 6 * 10, "recompute": 2 * 6 * 3, "backward": 2 * 6 * 3}
     assert info.calls == {**rows, "decode": 6, "reward": 6, "reward_gradient": 18}  # of the sum, and of each part alone
+
+
+def test_how_parts_agree_is_told_of_what_is_descended_also_at_clamped_pixels():
+    x = torch.tensor([[1.4, 0.5], [-0.3, 0.5]], dtype=torch.float64, requires_grad=True)
+    terms = [(Named("dark", True, len), 1.0), (Named("light", True, len), 2.0)]
+    images, reward = clamp(x), SimpleNamespace(terms=terms, scales={"dark": (0.0, 0.5)})
+    told = agreement_of(reward, {"dark": -images.sum(1), "light": images.sum(1)}, x)
+    assert told["part_norm/dark"].tolist() == pytest.approx(
+        [2 * 2**0.5, 2.0]
+    )  # 1.4 goes down into [0, 1], -.3 does not
+    assert told["part_norm/light"].tolist() == pytest.approx([2.0, 2 * 2**0.5])
+    assert told["cosine/dark|light"].tolist() == pytest.approx([-(0.5**0.5)] * 2)
 
 
 class Late(ToyModel):

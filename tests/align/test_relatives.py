@@ -14,14 +14,16 @@ from tropism.align.drtune import drtune, spaced
 from tropism.align.refl import refl
 from tropism.core import TERMINAL, Draw, Stream, UserError, generator
 from tropism.process.gaussian import linear_coefficients
+from tropism.rewards.combine import weighted
+from tropism.rewards.named import Named
 
 N, SEED, W = 10, 4, 2.0
 METHODS = (draft, draft_lv, refl, drtune)
 
 
-def once(method, model, n=0, **options):
+def once(method, model, n=0, reward=smooth_reward, **options):
     """One update: (loss, info, gradient, rewards)."""
-    run = method(model, smooth_reward, batch(4), state={"kept": 1}, update=n, seed=SEED, steps=N, guidance=W, **options)
+    run = method(model, reward, batch(4), state={"kept": 1}, update=n, seed=SEED, steps=N, guidance=W, **options)
     loss, info = next(run)
     for p in model.trainable().values():
         p.grad = None
@@ -80,6 +82,21 @@ def test_draft_lv_by_hand(copies):
     assert (info.calls["reward"], info.calls["decode"]) == (4 * (1 + copies), 4 * (1 + copies))
     rows = {"forward": N + copies, "recompute": 1 + copies, "backward": 1 + copies}
     assert {k: info.calls[k] for k in rows} == {k: 2 * 4 * n for k, n in rows.items()}
+
+
+def test_draft_lv_measures_how_parts_agree_once_and_counts_it():
+    taken = []
+
+    def seen(images, b):
+        value = smooth_reward(images, b)
+        if value.requires_grad:
+            value.register_hook(lambda g: taken.append(1))
+        return value
+
+    reward = weighted([(Named("seen", True, seen), 1), (Named("other", True, smooth_reward), 1)])
+    _, info, _ = once(draft_lv, ToyModel(), reward=reward, noised=2)
+    assert len(taken) == 3 + 1  # x_0 and two copies, and the part alone at x_0
+    assert info.calls["reward_gradient"] == 4 * (3 + 2)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])

@@ -135,6 +135,17 @@ def test_the_sde_is_flow_grpos_formula():
         assert math.isclose(kernel.std, noise * math.sqrt(-dt), rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("shift", [0.2, 0.3, 0.45, 3.0])
+def test_the_sde_starts_well_at_every_shift(shift):
+    """Rounding may leave the first time at 1 - 2e-15, which is 1."""
+    process = Flow(eta=0.7, shift=shift)
+    t, s = process.times(10).tolist()[:2]
+    kernel = process.reverse(torch.ones(1, 1).double(), torch.zeros(1, 1).double(), t, s)
+    under = 1 - float(process.sigma(s))
+    assert kernel.std == pytest.approx(0.7 * math.sqrt(under / under), rel=1e-6)
+    assert abs(kernel.mean.item()) < 2
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -143,6 +143,14 @@ def test_only_the_least_has_a_gradient(images):
     torch.testing.assert_close(torch.autograd.grad(least, x)[0], torch.autograd.grad(B_(x, Batch(["a"])), x)[0])
 
 
+def test_a_sample_without_a_score_has_no_product_whatever_the_order(images):
+    lost = part("lost", value=lambda x: torch.tensor([2.0, float("nan"), float("-inf")]))
+    whole = part("whole", value=lambda x: torch.tensor([3.0, 3.0, 3.0]))
+    for terms in ([(lost, 2), (whole, 1)], [(whole, 1), (lost, 2)]):
+        found = product(terms)(images[:1].expand(3, -1, -1, -1), Batch(["a", "b", "c"]))
+        assert found[0] == 12 and found[1:].isnan().all()
+
+
 def test_a_product_needs_positive_rewards(images):
     with pytest.raises(UserError, match="positive"):
         product([(part("low", value=lambda x: -x.mean((1, 2, 3))), 1), (A, 1)])(images[:2], BATCH)

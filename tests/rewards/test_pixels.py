@@ -17,6 +17,15 @@ def levels_from_pil(pictures, height, width, mode="bicubic"):
     return (resized(x, height, width, mode).permute(0, 2, 3, 1) * 255 - theirs).abs()
 
 
+@pytest.mark.parametrize("side", [128, 256, 512])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_black_and_white_keep_their_gradient(side, value):
+    """Every output is a mean of inputs, so the gradient of their sum sums to their number: none is lost to rounding."""
+    x = torch.full((1, 3, side, side), value, requires_grad=True)
+    resized(x, 224, 224).sum().backward()
+    assert x.grad is not None and x.grad.sum().item() == pytest.approx(3 * 224 * 224, rel=1e-4)
+
+
 @pytest.mark.parametrize("mode", PIL)
 @pytest.mark.parametrize(
     ("before", "after"),

@@ -96,7 +96,7 @@ def _noised(chain: Chain, ends: Tensor, n: int) -> tuple[Chain, Tensor]:
     t, last = chain.times[-2], len(chain.times) - 2
     noise = chain.draw(Stream.RENOISE, last, tuple(ends.shape[1:]), k=n).to(ends.device)
     start = chain.model.process.forward(ends, t, noise)
-    return replace(chain, times=(t, TERMINAL), active=(True,), first=0, stop=0), start
+    return replace(chain, times=(t, TERMINAL), active=(True,), first=0, stop=0, apart=False), start
 
 
 def _mean(found: Swept, copies: list[Swept]) -> Swept:

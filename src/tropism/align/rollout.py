@@ -148,10 +148,9 @@ def agreement_of(reward: Reward, parts: dict[str, Tensor], x: Tensor) -> dict[st
         name = name_of(part)
         spread = getattr(reward, "scales", {}).get(name, (0.0, 1.0))[1]
         if parts[name].requires_grad:
-            (g,) = torch.autograd.grad(
-                (weight / spread * parts[name]).nansum(), x, retain_graph=True, allow_unused=True
-            )
-            slopes[name] = torch.zeros_like(x).flatten(1) if g is None else g.flatten(1)
+            loss = -(weight / spread * parts[name]).nansum()  # clamped pixels keep the gradient of what is descended
+            (g,) = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)
+            slopes[name] = torch.zeros_like(x).flatten(1) if g is None else -g.flatten(1)
     found = {f"part_norm/{name}": g.norm(dim=1) for name, g in slopes.items()}
     for (a, g), (b, h) in combinations(slopes.items(), 2):
         found[f"cosine/{a}|{b}"] = torch.cosine_similarity(g, h, dim=1)

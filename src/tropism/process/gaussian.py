@@ -247,9 +247,8 @@ class Flow:
         if self.eta == 0 or sigma_s == 0:
             ratio = sigma_s / sigma_t
             return Normal(ratio * x_t + (1 - ratio) * x0, 0.0, is_deterministic=True)
-        noise = self.eta * math.sqrt(
-            sigma_t / (1 - (sigma_s if sigma_t == 1 else sigma_t))
-        )  # at t = 1 it would be infinite
+        at_start = sigma_t > 1 - 1e-9  # there it would be infinite; some shifts come to 1 - 2e-15
+        noise = self.eta * math.sqrt(sigma_t / (1 - (sigma_s if at_start else sigma_t)))
         v, dt, half = (x_t - x0) / sigma_t, sigma_s - sigma_t, noise**2 / (2 * sigma_t)
         mean = x_t * (1 + half * dt) + v * (1 + half * (1 - sigma_t)) * dt
         return Normal(mean, noise * math.sqrt(-dt))

@@ -65,12 +65,14 @@ def _least(values: Sequence[Tensor]) -> Tensor:
 
 
 def _powers(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    lowest = min(v.min().item() for v in values)
+    known = reduce(torch.logical_and, [torch.isfinite(v) for v in values])
+    lowest = min(v.masked_fill(~torch.isfinite(v), 1).min().item() for v in values)
     if not lowest > 0:
         raise UserError(
             f"A reward inside product(...) is {lowest:.4g}; a product needs positive rewards. Take minimum(...) or a sum."
         )
-    return reduce(torch.mul, [v**w for v, w in zip(values, weights, strict=True)])
+    whole = reduce(torch.mul, [v**w for v, w in zip(values, weights, strict=True)])
+    return whole.masked_fill(~known, math.nan)
 
 
 def _taken_apart(reward: Reward, weight: float) -> list[tuple[Reward, float]]:

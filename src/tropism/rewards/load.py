@@ -65,7 +65,7 @@ _FORMS = (
     "bridge:MODULE:ATTRIBUTE, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
 )
 _URL = ("http://", "https://")
-_WITHOUT_GRADIENT = "guide svdd, guide smc or guide best-of-n"
+_WITHOUT_GRADIENT = "align ddpo --eta 1, guide svdd, guide smc or guide best-of-n"
 
 
 def load_reward(text: str) -> Reward:

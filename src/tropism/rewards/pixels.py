@@ -16,6 +16,7 @@ from tropism.core import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+ROUNDING = 1e-5
 MODES = {2: "bilinear", 3: "bicubic"}  # by the numbers that PIL gives them
 
 
@@ -24,12 +25,13 @@ def resized(images: Tensor, height: int, width: int, mode: str = "bicubic") -> T
 
     Two passes, clamped after each as in PIL: bicubic overshoots at edges, and no published network has seen that. Across
     first, unless only the height shrinks: so does Pillow 13; older ones always go across first, which shows at few pixels.
+    Up to ROUNDING outside [0, 1]: resampled white is 1 + 1e-7 as often as not, and a clamp at 1 would take its gradient.
     """
     before = images.shape[-2:]
     down_first = height < before[0] and width > before[1]
     for to in ((height, before[1]) if down_first else (before[0], width), (height, width)):
         if to != tuple(images.shape[-2:]):
-            images = F.interpolate(images, to, mode=mode, antialias=True).clamp(0, 1)
+            images = F.interpolate(images, to, mode=mode, antialias=True).clamp(-ROUNDING, 1 + ROUNDING)
     return images
 
 

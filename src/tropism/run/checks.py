@@ -18,7 +18,7 @@ from tropism.run.ledger import budget_of
 from tropism.run.optimiser import schedule_of
 from tropism.run.sentinel import REACTIONS
 
-_METHODS = "or take a method that needs no gradient (guide svdd)"
+_METHODS = "or take a method that needs no gradient (align ddpo --eta 1, guide svdd)"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
