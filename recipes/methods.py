@@ -4,7 +4,7 @@
     python recipes/methods.py --out runs/methods --objective count          one objective only, without the page
     python recipes/methods.py --out runs/methods --method DDPO              one method only
 
-Hardware: one core a process; about 1.5 core-hours of search and 5 of tests. Settings: recipes/methods.yaml.
+Hardware: one core a process; about 2.5 core-hours of search and 5 of tests, as planned. Settings: recipes/methods.yaml.
 """
 
 import argparse

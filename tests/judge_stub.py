@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from loopback import listening
 from PIL import Image
-from reward_stub import Quiet
 
 BLOCK = 16
 
@@ -144,17 +144,12 @@ class Handler(BaseHTTPRequestHandler):
 def running():
     """A Stub at `url` until the block ends; `stop` is set then, for handlers that wait."""
     stub = Stub()
-    server = Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"stub": stub}))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    stub.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
-        yield stub
-    finally:
-        stub.stop.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(type("Bound", (Handler,), {"stub": stub})) as url:
+        stub.url = f"{url}/v1"
+        try:
+            yield stub
+        finally:
+            stub.stop.set()
 
 
 class Time:

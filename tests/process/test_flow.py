@@ -141,8 +141,7 @@ def test_the_sde_starts_well_at_every_shift(shift):
     process = Flow(eta=0.7, shift=shift)
     t, s = process.times(10).tolist()[:2]
     kernel = process.reverse(torch.ones(1, 1).double(), torch.zeros(1, 1).double(), t, s)
-    under = 1 - float(process.sigma(s))
-    assert kernel.std == pytest.approx(0.7 * math.sqrt(under / under), rel=1e-6)
+    assert kernel.std == pytest.approx(0.7, rel=1e-6)  # eta sqrt(1 / (1 - sigma_s)) sqrt(1 - sigma_s)
     assert abs(kernel.mean.item()) < 2
 
 

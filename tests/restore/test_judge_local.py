@@ -7,7 +7,7 @@ import torch
 from judge_stub import scene, spoilt
 from PIL import Image
 from test_clip import processor
-from test_vqa import qwen_processor
+from test_vqa import qwen_processor, saved
 from tiny_vlm import tiny_llava, tiny_qwen25
 from transformers import LlavaProcessor
 
@@ -33,13 +33,7 @@ def brief(monkeypatch):
 
 @pytest.fixture(scope="module", params=MADE)
 def made(request, tmp_path_factory):
-    """(kind, folder, the untouched transformers model, tokenizer)."""
-    model, words = MADE[request.param]()
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    (processor(48) if request.param == "llava" else qwen_processor()).save_pretrained(folder)
-    return request.param, folder, model, words
+    return saved(request.param, MADE[request.param], tmp_path_factory.mktemp(request.param))
 
 
 def pictures(question):

@@ -12,10 +12,11 @@ import json
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
+from loopback import listening
 from PIL import Image
 
 
@@ -42,13 +43,6 @@ class Stub:
     headers: list[dict] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
-
-
-class Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_):
-        """A client that hung up is what these tests are about."""
 
 
 @contextmanager
@@ -96,14 +90,8 @@ def running():
         def log_message(self, *_):
             """Say nothing."""
 
-    server = Quiet(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    stub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield stub
-    finally:
-        stub.stop.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Handler) as stub.url:
+        try:
+            yield stub
+        finally:
+            stub.stop.set()

@@ -23,15 +23,17 @@ def qwen_processor():
     return Qwen2VLImageProcessorPil(patch_size=8, **SIZES)
 
 
+def saved(kind, make, folder):
+    """(kind, folder, the untouched transformers model, tokenizer) of a tiny model, written as a folder from the hub is."""
+    model, words = make()
+    for part in (model, words, processor(48) if kind == "llava" else qwen_processor()):
+        part.save_pretrained(folder)
+    return kind, folder, model, words
+
+
 @pytest.fixture(scope="module", params=MADE)
 def made(request, tmp_path_factory):
-    """(kind, folder, the untouched transformers model, tokenizer)."""
-    model, words = MADE[request.param]()
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    (processor(48) if request.param == "llava" else qwen_processor()).save_pretrained(folder)
-    return request.param, folder, model, words
+    return saved(request.param, MADE[request.param], tmp_path_factory.mktemp(request.param))
 
 
 def as_tensor(pictures):
