@@ -116,7 +116,7 @@ def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict
             raise
         failed = str(error)
     runs.keep(out, plan, job, curves.evaluations(folder), failed)
-    runs.curve(out, plan, job)
+    runs.curve(out, plan, job)  # a gold measure that is none is told now, and not after the whole search
     if not job.is_test:
         shutil.rmtree(folder)
 

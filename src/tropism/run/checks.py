@@ -130,10 +130,9 @@ def check_model_numbers(settings: Mapping[str, Any]) -> None:
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """Raises UserError for a number of a run out of its range or a schedule that is not known."""
     check_model_numbers(settings)
-    counts = ("updates", "evaluate_prompts", "checkpoint_every", "micro_batch", "evaluate_steps")
+    counts = ("updates", "evaluate_prompts", "checkpoint_every", "micro_batch", "evaluate_steps", "per_prompt")
     at_least_one(**{name: settings[name] for name in counts})
     not_negative(**{name: settings[name] for name in ("lr", "weight_decay", "clip", "evaluate_every")})
-    at_least_one(per_prompt=settings["per_prompt"])
     if settings["batch"] % settings["per_prompt"]:
         raise UserError(
             f"A batch of {settings['batch']} is no multiple of {settings['per_prompt']} pictures a prompt. "
