@@ -158,7 +158,8 @@ def test_intervals_cover_the_truth():
 
 @pytest.mark.slow
 def test_intervals_of_500_sets_cover_the_truth_in_93_to_97_of_100():
-    for name, share in coverage(500, 1000).items():
+    # the 500 sets themselves scatter by 0.01; over 1,500 sets all measures stood between 0.934 and 0.964 at 50, 200, 400 pictures
+    for name, share in coverage(500, 1000, 400).items():
         assert 0.93 <= share <= 0.97, (name, share)
 
 
@@ -178,6 +179,13 @@ def test_an_interval_narrows_with_the_root_of_the_pictures():
         np.diff(resampled.intervals(every, (JOINT.ravel() * n).round(), 400, 0)["pearson"]) for n in (100, 1600)
     )
     assert wide / narrow == pytest.approx(4, rel=0.25)
+
+
+def test_the_interval_of_a_mean_of_few_is_students():
+    x = stats.norm.ppf((np.arange(12) + 0.5) / 12)
+    mean = lambda w: {"mean": w @ x / w.sum(1)}
+    low, high = resampled.intervals(mean, np.ones(12, int), 4000, 0)["mean"]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 11) * x.std(ddof=1) / math.sqrt(12), rel=0.06)
 
 
 def test_intervals_hang_on_the_seed_alone():

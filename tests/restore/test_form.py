@@ -228,7 +228,10 @@ def test_answers_come_back_by_name(saved):
     by_place = lambda given, items: given | {
         w: 1 + NAMES.index(i["name"]) % 5 for w, i in items.items() if i["kind"] == "picture"
     }
-    found = read_answers(key, [write(r, by_place) for r in ("ann", "bob", "cleo")])
+    backwards = lambda given, items: dict(
+        reversed(by_place(given, items).items())
+    )  # traps after their pictures or before
+    found = read_answers(key, [write("ann", by_place), write("bob", backwards), write("cleo", by_place)])
     assert found.ratings.levels == {n: dict.fromkeys(("ann", "bob", "cleo"), 1 + i % 5) for i, n in enumerate(NAMES)}
     assert found.ratings.higher_is_worse and found.notes == ()
     assert all(r.kept and (r.rated, r.caught, r.traps) == (6, 4, 4) for r in found.raters)
