@@ -1,1 +1,1 @@
-"""What only restoration needs: low-resolution pictures made, files read and paired, tiles, judges of invented detail."""
+"""What only super-resolution needs: pictures made worse, read and paired; judges of invented detail; people asked, and agreement."""

@@ -21,8 +21,9 @@ from tropism.core import UserError
 from tropism.restore.judge_cache import Cache, described, key_of
 from tropism.restore.judge_ledger import Ledger
 from tropism.restore.judge_pictures import LONGEST, Box, boxes, framed, outward, shown
-from tropism.restore.judge_prompt import HIGHEST, LOWEST, OMISSION_CAP, VERSION, Question
+from tropism.restore.judge_prompt import OMISSION_CAP, VERSION, Question
 from tropism.restore.judge_reply import Item, Verdict, capped
+from tropism.restore.levels import HIGHEST, LOWEST
 
 REDUCE = {"max": max, "mean": statistics.fmean}
 

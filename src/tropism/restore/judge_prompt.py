@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from tropism.core import UserError
 from tropism.restore.judge_pictures import Picture
+from tropism.restore.levels import HIGHEST, LEVELS, LOWEST
 
 VERSION = "hs-v1"
 MODES = {"ABC": "full", "BC": "gt_only", "AC": "lr_only"}
 """The labels of the pictures -> the mode of a question."""
 KINDS = ("added", "removed", "replaced", "count", "text", "face", "material", "structure", "missing")
 """What a discrepancy may be; "missing" is an omission: detail that is only absent or smoothed away."""
-HIGHEST, LOWEST = 5, 1
 OMISSION_CAP = 2
 """The highest level of a picture that only lacks detail, as the prompt's fifth part says of blur."""
 
@@ -44,13 +44,13 @@ _PROCEDURE = """Proceed in this order:
 3. Record each discrepancy as an item: its box as shares of the picture (left, top, right, bottom, each from 0 to 1), its kind, a \
 short description, its severity (1 slight, 2 clear, 3 changes the meaning), and whether it is an omission.
 4. Only then decide the level."""
-_LEVELS = """Levels (the score), 1 is best:
-1: nothing invented can be seen.
-2: tiny differences, seen only when zoomed in; the meaning is unchanged.
-3: clear differences in places; the main content is intact.
-4: at least one important thing is wrong: text, a face, what an object is, or how many there are.
-5: the scene or its main object means something else, or many things are wrong.
-Omissions alone are at most level 2."""
+_LEVELS = "\n".join(
+    [
+        "Levels (the score), 1 is best:",
+        *(f"{level}: {text[0].lower()}{text[1:]}" for level, text in LEVELS.items()),
+        "Omissions alone are at most level 2.",
+    ]
+)
 _OUTPUT = """Answer with one JSON object and nothing else, its parts in this order:
 {"items": [{"box": {"left": 0.1, "top": 0.2, "right": 0.3, "bottom": 0.4}, "kind": "KIND", "description": "TEXT", "severity": N, \
 "omission": true or false}], "score": N, "confidence": N}

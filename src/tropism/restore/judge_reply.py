@@ -11,7 +11,7 @@ from typing import Any
 
 from tropism.core import UserError
 from tropism.restore.judge_pictures import Box
-from tropism.restore.judge_prompt import HIGHEST, LOWEST
+from tropism.restore.levels import HIGHEST, LOWEST
 
 MOST_TEXT = 65_536
 """Letters of a reply that are read, the last ones."""
