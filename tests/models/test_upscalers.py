@@ -321,6 +321,12 @@ def test_an_adapter_is_saved_and_read_again(load, theirs, tmp_path, name):
             lora.verify(model, tmp_path, prompts=["a"], steps=2)
 
 
+def test_an_adapter_is_judged_on_the_chain_that_runs(load):
+    model, draw = load("tile"), Draw(0, 0, (0,))
+    mine = lora._pictures(model, ["a"], seed=0, steps=4, guidance=1.0)
+    assert torch.equal(mine, sample(model, model.trial(["a"]), draw, steps=4, guidance=1.0))
+
+
 @pytest.mark.parametrize("name", WORDLESS)
 def test_an_adapter_on_convolutions_in_half_precision(load, tmp_path, name):
     model = stirred(load(name, lora=LoraSettings(2, 3, ("to_q", "conv1")), dtype=torch.bfloat16))

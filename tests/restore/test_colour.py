@@ -46,6 +46,9 @@ def test_the_blur_by_hand():
     assert once.sum() == 16
     twice = low_frequencies(point, 2)[0, 0]
     assert twice[4].tolist() == [0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]
+    wide = torch.zeros(1, 1, 1, 33, dtype=torch.float64)
+    wide[..., 16] = 1  # holes of 1, 2 and 4 reach 7 pixels to each side
+    assert low_frequencies(wide, 3)[0, 0, 0].nonzero().flatten().tolist() == list(range(9, 24))
     corner = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     corner[0, 0, 0, 0] = 16
     assert low_frequencies(corner, 1)[0, 0, 0, 0] == 9
