@@ -17,7 +17,7 @@ from tiny_upscalers import LOW, UPSCALERS
 from tropism.align.rollout import Chain, plain, sample, sweep
 from tropism.core import Batch, Draw, Stream, UserError
 from tropism.doctor import footprint, memory
-from tropism.models import lora, pipeline
+from tropism.models import lora, mixing, pipeline
 from tropism.models.load import load_model
 from tropism.models.lora import LoraSettings
 from tropism.models.low_res import enlarged, symmetric
@@ -458,3 +458,14 @@ def test_memory_is_counted_with_the_noise_level(load):
     inputs = footprint.inputs_of(network, LOW, LOW, tokens=16)
     assert network.to("meta")(**inputs).sample.shape == (1, 4, LOW, LOW)
     assert memory.parts_of(load("ldm")) is None
+
+
+@pytest.mark.parametrize("name", ["x4", "ldm"])
+def test_adapters_are_mixed(load, tmp_path, name):
+    """A second adapter takes the first one's place, also where diffusers has no method for it."""
+    model = stirred(load(name, lora=ADAPTER))
+    mine = chain(model, 1.0)
+    lora.save(model, tmp_path)
+    other = stirred(load(name, lora=LoraSettings(2)))
+    mixing.mix(other, {tmp_path: 1.0})
+    torch.testing.assert_close(chain(other, 1.0), mine, rtol=1e-5, atol=1e-5)

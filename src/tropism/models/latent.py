@@ -41,7 +41,7 @@ class Latent:
     """The diffusers classes it reads, as model_index.json names them."""
     part: ClassVar[str] = "transformer"
     """What the pipeline calls its denoiser."""
-    patch: ClassVar[int] = 1
+    patch: int = 1
     """Latent pixels a token's side: picture sizes are multiples of the VAE's factor times this."""
     steps: int = 28
     guidance: float = 3.5

@@ -89,7 +89,7 @@ def attach(network: Any, settings: LoraSettings, dtype: torch.dtype) -> None:
         from diffusers.utils.peft_utils import delete_adapter_layers
 
         delete_adapter_layers(network, _NAME)
-        del network.peft_config[_NAME]
+        network.__dict__.pop("peft_config", None)  # a UNet2DModel keeps it
     config = LoraConfig(r=settings.rank, target_modules=list(settings.targets))
     config.lora_alpha = settings.alpha  # pyright: ignore[reportAttributeAccessIssue] peft divides whatever it is
     try:
@@ -171,7 +171,7 @@ def save(model: Latent, folder: str | Path) -> Path:
     metadata = {**model.network.peft_config[_NAME].to_dict(), "inference_mode": True}
     metadata["target_modules"] = sorted(metadata["target_modules"])
     own = {f"{model.part}_lora_layers": layers, f"{model.part}_lora_adapter_metadata": metadata}
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin  # for pipelines that write none
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin  # for pipelines that write none
 
     getattr(model.pipeline, "save_lora_weights", StableDiffusionLoraLoaderMixin.save_lora_weights)(str(folder), **own)
     _sort_header(Path(folder) / FILE)

@@ -172,7 +172,7 @@ def read_family(
     options: dtype, quantize and t5, as in `Latent.load`. kind: the pipeline's class, default diffusers' own of that name.
     """
     index = index_of(source)
-    name = index.get("_class_name")
+    name = str(index.get("_class_name"))
     if name not in family.pipelines:
         raise UserError(
             f"{source} is a {name}; {family.__name__} reads {', '.join(family.pipelines)}. "

@@ -173,6 +173,8 @@ class PixelUpscalePipeline(DiffusionPipeline):
 class Pixels(nn.Module):
     """The decoder of a chain on pixels: (B, 1 or 3, H, W) in [-1, 1] as they are, grey in all three channels."""
 
+    one: Tensor
+
     def __init__(self, channels: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(1,), latent_channels=channels)
