@@ -308,12 +308,12 @@ BUILDERS = {
 class Folders(dict):
     """{name: folder} of tiny pipelines, built when first asked for; read only."""
 
-    def __init__(self, root):
+    def __init__(self, root, builders=BUILDERS):
         super().__init__()
-        self.root = root
+        self.root, self.builders = root, builders
 
     def __missing__(self, name):
-        self[name] = BUILDERS[name](self.root / name)
+        self[name] = self.builders[name](self.root / name)
         return self[name]
 
 

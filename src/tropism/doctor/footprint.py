@@ -127,6 +127,8 @@ def inputs_of(network: Any, height: int, width: int, *, tokens: int, rows: int =
         inputs["attention_mask"] = make(tokens + patches)
     if config.get("guidance_embeds"):
         inputs["guidance"] = make()
+    if config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.empty(rows, dtype=torch.long, device="meta")
     if config.get("addition_embed_type") == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": make(pooled), "time_ids": make(6)}

@@ -19,6 +19,7 @@ from tropism.core import Batch, Draw, Stream, UserError
 from tropism.models import lora as adapters
 from tropism.models import pipeline, schedule
 from tropism.models.lora import LoraSettings
+from tropism.models.settings import settled
 from tropism.models.size import latent_size
 from tropism.models.text import Text, TextCond, Texts
 from tropism.process.gaussian import VP, Flow
@@ -40,7 +41,7 @@ class Latent:
     """The diffusers classes it reads, as model_index.json names them."""
     part: ClassVar[str] = "transformer"
     """What the pipeline calls its denoiser."""
-    patch: ClassVar[int] = 1
+    patch: int = 1
     """Latent pixels a token's side: picture sizes are multiples of the VAE's factor times this."""
     steps: int = 28
     guidance: float = 3.5
@@ -48,6 +49,8 @@ class Latent:
     prediction: str = "velocity"
     optional: ClassVar[str] = ""
     """The suffix of the text encoder that may be left out."""
+    own_settings: ClassVar[Mapping[str, float]] = {}
+    """What `load` takes as `settings`, with their defaults."""
 
     def __init__(
         self,
@@ -64,10 +67,11 @@ class Latent:
     ):
         """Takes a diffusers pipeline whose networks are on their device and in their dtype.
 
-        options: how it was read: dtype, quantize, t5 and scheduler, as in `load`.
+        options: how it was read: dtype, quantize, t5, scheduler and settings, as in `load`.
         """
-        self.network, self.vae, self.pipeline = getattr(pipe, self.part), pipe.vae, type(pipe)
         self.source, self.lora, self.full, self.options = source, lora, full, dict(options or {})
+        self.settings = settled(type(self).__name__, self.own_settings, self.options.get("settings", {}))
+        self.take(pipe)
         self.dtype, self.device = self.options.get("dtype", self.vae.dtype), self.vae.device
         self._where = self.device
         self.calls = {"network": 0, "backward": 0, "decode": 0}
@@ -79,8 +83,7 @@ class Latent:
         self._freeze()
         self._network_dtype = wide(self.dtype) if full else self.dtype
         if checkpointing:
-            self.network.enable_gradient_checkpointing(self._checkpoint)
-            self.vae.enable_gradient_checkpointing()
+            self._recompute()
 
     @classmethod
     def load(
@@ -98,6 +101,7 @@ class Latent:
         quantize: str | None = None,
         t5: bool = True,
         scheduler: Mapping[str, Any] | None = None,
+        settings: Mapping[str, float] | None = None,
     ) -> Self:
         """Read a diffusers folder or hub id (safetensors only). The text encoders are read when a prompt needs them.
 
@@ -108,7 +112,7 @@ class Latent:
         checkpointing: recompute denoiser and VAE blocks in the backward pass; default on, except on the CPU.
         quantize: "4bit" or "8bit" holds the frozen denoiser's weights in so many bits (bitsandbytes, torchao).
         t5: False leaves the T5 encoder out, where the pipeline can do without. scheduler: keys of the scheduler's
-        configuration to replace, for few-step variants.
+        configuration to replace, for few-step variants. settings: what the family alone has, such as an upscaler's noise_level.
         Raises UserError for a missing source, a pickle-only or foreign pipeline, and sizes the VAE cannot make.
         """
         if full and (lora is not None or quantize):
@@ -118,6 +122,7 @@ class Latent:
             )
         device = torch.device(device)
         options = {"dtype": dtype, "quantize": quantize, "t5": t5, "scheduler": dict(scheduler or {})}
+        options["settings"] = dict(settings or {})
         checkpointing = device.type != "cpu" if checkpointing is None else checkpointing
         return cls(
             cls._read(str(source), device, options, texts=False),
@@ -151,6 +156,14 @@ class Latent:
 
     # ------------------------------------------------------------------------------------------------ of a family
 
+    def take(self, pipe: Any) -> None:
+        """Keep the networks of a pipeline; the source, the options and the settings are there already."""
+        self.network, self.vae, self.pipeline = getattr(pipe, self.part), pipe.vae, type(pipe)
+
+    def trial(self, prompts: Sequence[str]) -> Batch:
+        """A batch of these prompts with all else that `encode` needs, made up: what an adapter is judged on."""
+        return Batch(list(prompts))
+
     def process_of(self, config: Mapping[str, Any], eta: float) -> VP | Flow:
         """The chain of a scheduler's configuration."""
         return schedule.flow(config, eta, patch=self.patch)
@@ -175,33 +188,7 @@ class Latent:
     @classmethod
     def _read(cls, source: str, device: torch.device, options: Mapping[str, Any], texts: bool) -> Any:
         """The pipeline with its text encoders alone, or with everything but them."""
-        index = pipeline.index_of(source)
-        name = index.get("_class_name")
-        if name not in cls.pipelines:
-            raise UserError(
-                f"{source} is a {name}; {cls.__name__} reads {', '.join(cls.pipelines)}. "
-                "Choose such a model, or write your own: --model file.py:Class."
-            )
-        if not options.get("t5", True) and not cls.optional:
-            raise UserError(f"{name} needs all of its text encoders. Leave --no-t5 out.")
-        there = pipeline.components(source, index)
-        if Path(source).is_dir():
-            pipeline.check_folder(Path(source), [p for p, is_there in there.items() if is_there])
-        optional = (f"text_encoder{cls.optional}", f"tokenizer{cls.optional}") if cls.optional else ()
-        left = optional if not options.get("t5", True) else ()
-        of_text = lambda part: part.startswith(("text_encoder", "tokenizer"))
-        parts = [p for p, is_there in there.items() if is_there and of_text(p) == texts and p not in left]
-        kind = pipeline.class_of(name)
-        pipeline.check_parts(source, kind, there, optional)
-        return pipeline.read_pipeline(
-            kind,
-            source,
-            parts,
-            [p for p in there if p not in parts],
-            dtype=options["dtype"],
-            device=device,
-            quantize=(options["quantize"], cls.part) if options.get("quantize") and not texts else None,
-        )
+        return pipeline.read_family(cls, source, device, options, texts)
 
     def _factor(self) -> int:
         """Pixels a latent pixel's side."""
@@ -230,6 +217,11 @@ class Latent:
         if self.full:
             nn.Module.to(self.network, wide(self.dtype)).requires_grad_(True)
 
+    def _recompute(self) -> None:
+        """Recompute the blocks of denoiser and decoder in the backward pass."""
+        self.network.enable_gradient_checkpointing(self._checkpoint)
+        self.vae.enable_gradient_checkpointing()
+
     def _checkpoint(self, module: nn.Module, *inputs: Any) -> Any:
         """Checkpoint one block; the recomputation sees the adapter as it was, whatever `base()` says by then."""
         on = adapters.is_on(self.network)
@@ -250,9 +242,8 @@ class Latent:
             self._where = device
 
     def _read_encoders(self) -> Any:
-        self.place(
-            torch.device("cpu")
-        )  # the text encoders are often the largest; whatever is drawn next brings both back
+        # the text encoders are often the largest; whatever is drawn next brings both back
+        self.place(torch.device("cpu"))
         pipe = self._read(self.source, self.device, {"dtype": self.dtype, **self.options}, texts=True)
         pipe.register_modules(**{self.part: self.network})  # some read their text's width off it
         return pipe

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tropism.core import Batch, Draw, UserError
+from tropism.core import Draw, UserError
 
 if TYPE_CHECKING:
     from tropism.models.latent import Latent
@@ -85,12 +86,16 @@ def attach(network: Any, settings: LoraSettings, dtype: torch.dtype) -> None:
     Raises UserError if no module matches the targets.
     """
     if getattr(network, "peft_config", {}):
-        network.delete_adapters(_NAME)
+        from diffusers.utils.peft_utils import delete_adapter_layers
+
+        delete_adapter_layers(network, _NAME)
+        network.__dict__.pop("peft_config", None)  # a UNet2DModel keeps it
     config = LoraConfig(r=settings.rank, target_modules=list(settings.targets))
     config.lora_alpha = settings.alpha  # pyright: ignore[reportAttributeAccessIssue] peft divides whatever it is
     try:
         with torch.random.fork_rng():  # peft draws an A of its own; the caller's generator must not notice
-            network.add_adapter(config, _NAME)
+            # a UNet2DModel has no method for it
+            getattr(network, "add_adapter", partial(inject_adapter_in_model, model=network))(config, adapter_name=_NAME)
     except ValueError as error:
         raise UserError(
             f"No module of {type(network).__name__} matches the LoRA targets "
@@ -166,7 +171,9 @@ def save(model: Latent, folder: str | Path) -> Path:
     metadata = {**model.network.peft_config[_NAME].to_dict(), "inference_mode": True}
     metadata["target_modules"] = sorted(metadata["target_modules"])
     own = {f"{model.part}_lora_layers": layers, f"{model.part}_lora_adapter_metadata": metadata}
-    model.pipeline.save_lora_weights(str(folder), **own)
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin  # for pipelines that write none
+
+    getattr(model.pipeline, "save_lora_weights", StableDiffusionLoraLoaderMixin.save_lora_weights)(str(folder), **own)
     _sort_header(Path(folder) / FILE)
     return Path(folder) / FILE
 
@@ -287,11 +294,12 @@ def load(model: Latent, folder: str | Path) -> None:
 @torch.no_grad()
 def _pictures(model: Latent, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
     """(B, 3, H, W) by deterministic DDIM from keyed noise."""
-    batch, process = Batch(list(prompts)), replace(model.process, eta=0.0)
-    cond = model.encode(batch)
+    batch, process = model.trial(prompts), replace(model.process, eta=0.0)
+    draw = Draw(seed, 0, batch.index)
+    cond = model.encode(batch, draw)
     times = process.times(steps, cond.shape)
-    x, _ = model.start(cond, Draw(seed, 0, batch.index), times)
-    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+    x, first = model.start(cond, draw, times)
+    for t, s in pairwise(times[first:].tolist()):
         x = process.reverse(x, model.x0(x, model.predict(x, t, cond, guidance), t), t, s).mean
     return model.decode(x)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,3 +66,28 @@ def mix(model: Latent, weights: Mapping[str | Path, float]) -> None:
     with torch.no_grad():
         for key, p in factors(model.network).items():
             p.copy_(_widened(parts, key, p.dtype) if key in held else torch.zeros_like(p))
+
+
+@torch.no_grad()
+def merge(network: nn.Module, folder: str | Path, strength: float = 1.0) -> None:
+    """Add strength (alpha / rank) B A of a saved adapter to the weights of a plain network, in place; no library of adapters is used.
+
+    Raises UserError if the adapter does not fit.
+    """
+    layers, own, _ = read(folder)
+    odd = _unfit(network, layers)
+    if odd:
+        raise UserError(
+            f"The adapter in {folder} does not fit this model, at {', '.join(odd[:6])}. Take the base it was trained on."
+        )
+    modules = dict(network.named_modules())
+    for key in (k for k in layers if ".lora_A." in k):
+        weight = cast(Tensor, modules[module_of(key)].weight)
+        a, b = (
+            layers[key].to(weight.device).double(),
+            layers[key.replace(".lora_A.", ".lora_B.")].to(weight.device).double(),
+        )
+        product = torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1)).reshape(
+            weight.shape
+        )  # of convolutions B is 1x1
+        weight.copy_(weight.double() + strength * own.scale * product)

@@ -164,6 +164,42 @@ def _config(file: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def read_family(
+    family: Any, source: str, device: torch.device, options: Mapping[str, Any], texts: bool, kind: Any = None
+) -> Any:
+    """The pipeline that a family (a subclass of Latent) reads, with its text encoders alone or with everything but them.
+
+    options: dtype, quantize and t5, as in `Latent.load`. kind: the pipeline's class, default diffusers' own of that name.
+    """
+    index = index_of(source)
+    name = str(index.get("_class_name"))
+    if name not in family.pipelines:
+        raise UserError(
+            f"{source} is a {name}; {family.__name__} reads {', '.join(family.pipelines)}. "
+            "Choose such a model, or write your own: --model file.py:Class."
+        )
+    if not options.get("t5", True) and not family.optional:
+        raise UserError(f"{name} needs all of its text encoders. Leave --no-t5 out.")
+    there = components(source, index)
+    if Path(source).is_dir():
+        check_folder(Path(source), [p for p, is_there in there.items() if is_there])
+    optional = (f"text_encoder{family.optional}", f"tokenizer{family.optional}") if family.optional else ()
+    left = optional if not options.get("t5", True) else ()
+    of_text = lambda part: part.startswith(("text_encoder", "tokenizer"))
+    parts = [p for p, is_there in there.items() if is_there and of_text(p) == texts and p not in left]
+    kind = kind or class_of(name)
+    check_parts(source, kind, there, optional)
+    return read_pipeline(
+        kind,
+        source,
+        parts,
+        [p for p in there if p not in parts],
+        dtype=options["dtype"],
+        device=device,
+        quantize=(options["quantize"], family.part) if options.get("quantize") and not texts else None,
+    )
+
+
 def read_pipeline(
     kind: Any,
     source: str | Path,

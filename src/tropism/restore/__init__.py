@@ -1,1 +1,1 @@
-"""What only super-resolution needs: pictures made worse, read and paired; judges of invented detail; people asked, and agreement."""
+"""For super-resolution: pictures made worse, read and paired; judges of invented detail; people asked, agreement; colours kept."""

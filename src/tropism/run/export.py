@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tropism import plugin
 from tropism.align.rollout import sample
-from tropism.core import Batch, Draw, UserError
-from tropism.models import kohya, lora, pipeline
+from tropism.core import Draw, UserError
+from tropism.models import kohya, lora, mixing, pipeline
 from tropism.models.latent import Latent
 from tropism.models.load import BUNDLED, family_of, load_model
 from tropism.models.lora import LoraSettings
@@ -209,7 +209,7 @@ def shrink(model: Latent) -> None:
 
 
 def _pictures(model: Latent) -> Tensor:
-    batch = Batch(["a picture", "three red circles"])
+    batch = model.trial(["a picture", "three red circles"])
     return sample(cast(Any, model), batch, Draw(0, 0, batch.index), steps=4, guidance=3.0).float().cpu()
 
 
@@ -233,9 +233,12 @@ def _fused(adapter: _Adapter, out: Path, strength: float) -> float:
             pipe = cast(Any, kind).from_pretrained(adapter.source, use_safetensors=True, dtype=precision, **absent)
         except (OSError, ValueError, ImportError) as error:
             raise pipeline.unreadable(adapter.source, error) from error
-        pipe.load_lora_weights(str(adapter.folder))
-        pipe.fuse_lora(lora_scale=strength)
-        pipe.unload_lora_weights()
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(str(adapter.folder))
+            pipe.fuse_lora(lora_scale=strength)
+            pipe.unload_lora_weights()
+        else:
+            mixing.merge(getattr(pipe, adapter.family.part), adapter.folder, strength)
         pipe.save_pretrained(out, safe_serialization=True)
     del pipe
     difference = (_pictures(_model(adapter, out)) - expected).abs().max().item()
