@@ -35,6 +35,7 @@ from tropism.run.guided_value import learnt
 from tropism.run.products import weights_of
 from tropism.run.record import Recorder
 from tropism.run.report import spread
+from tropism.run.sources import with_pictures
 
 GUIDES: dict[str, Callable[..., Guided]] = {
     "svdd": svdd,
@@ -269,7 +270,8 @@ def _model(model: str, settings: Mapping[str, Any]) -> Model:
 def _prompts(prompts: str | Path | Sequence[str] | None, model: Any, loaded: Model) -> list[Prompt]:
     if prompts is None and hasattr(loaded, "letters"):
         return [Prompt("")]
-    return train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
+    found = train_and_held_out(None, None, model)[1] if prompts is None else listed(prompts)
+    return with_pictures(found, loaded)
 
 
 def _own_reward(model: Any) -> str:

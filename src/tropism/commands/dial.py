@@ -20,14 +20,14 @@ from tropism.core import Batch, Model, Reward, UserError
 from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.phases import Phased
-from tropism.prompts.batches import as_batch, train_and_held_out
+from tropism.prompts.batches import as_batch, names_of, train_and_held_out
 from tropism.run import dial as dialling
 from tropism.run import dial_page
 from tropism.run.checks import at_least_one, set_up
 from tropism.run.dial import PROBES, STRENGTHS, WEIGHTS, Several, Stop, some
 from tropism.run.dial_page import Dialled
 from tropism.run.evaluate import Evaluation, columns_of, diversity, evaluate
-from tropism.run.products import measures_for
+from tropism.run.measures import measures_for
 from tropism.run.record import Recorder
 from tropism.run.report import spread
 from tropism.run.request import Rewards, as_plain, read_reward, spelled
@@ -156,8 +156,8 @@ class _Bench:
     def seen(self, images: Tensor, rows: Sequence[int]) -> Evaluation:
         """Pictures of some of the prompts, measured."""
         batch = self.asked[list(rows)]
-        columns = columns_of(images, batch, self.reward, measures_for(batch.prompts), {})
-        return Evaluation(images, columns, batch.prompts, diversity(images))
+        columns = columns_of(images, batch, self.reward, measures_for(batch), {})
+        return Evaluation(images, columns, names_of(batch), diversity(images))
 
     def draw(self, stop: Stop, asked: Batch, index: Sequence[int]) -> Evaluation:
         """Pictures of prompts at a setting, with the run's noise of these indices, measured."""
@@ -169,7 +169,7 @@ class _Bench:
                 steps=self.steps,
                 guidance=self.guidance,
                 seed=self.seed,
-                measures=measures_for(asked.prompts),
+                measures=measures_for(asked),
                 index=index,
                 eta=self.eta,
             )
@@ -222,7 +222,7 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
     told, images = _pictures(folders[0] / "samples" / "before.safetensors")
     held = train_and_held_out(first["prompts"], first["held_out"], first["model"])[1]
     asked = as_batch([held[i] for i in spread(len(held), first["evaluate_prompts"])])
-    if asked.prompts != json.loads(told["held-out prompts"]):
+    if names_of(asked) != json.loads(told["held-out prompts"]):
         raise UserError(
             f"The prompts of {runs[0]} have changed since ({first['held_out'] or first['prompts']}), so its pictures are not of them. "
             "Put the file back as it was."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -14,6 +14,7 @@ from tropism.doctor.case import NEGATIVE
 from tropism.doctor.examine import Finding, examine, report_lines
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
+from tropism.models.low_res import LowRes
 from tropism.run import request
 from tropism.run.checks import check_model_numbers, set_up
 from tropism.run.record import environment
@@ -61,6 +62,8 @@ def doctor(
         )
     scored, asked = request.read_reward(reward), request.examples(model, prompts)
     loaded = request.read_model(model, settings, place, precision) if isinstance(model, str) else model
+    if asked.low_res is None and hasattr(loaded, "trial"):
+        asked = cast(LowRes, loaded).trial(asked.prompts)
     weight = request.own_guidance(loaded, guidance)
     encoders = 0
     if isinstance(loaded, Latent):

@@ -68,6 +68,10 @@ def align(
     model: str | Model,
     reward: Reward | str | Sequence[Reward | str],
     prompts: str | Path | Sequence[str] | None = None,
+    pictures: str | Path | None = None,
+    low_res: str | Path | None = None,
+    degrade: str = "realesrgan",
+    crop: int = 0,
     out: str | Path,
     updates: int = 60,
     batch: int = 16,
@@ -122,6 +126,8 @@ def align(
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
     prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, `org/name[:column][@split]` on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
+    pictures: for an upscaler, a folder of originals instead of prompts; low_res: what it is given, by the same names, else made of
+    the originals by `degrade` (realesrgan, bsrgan-lite, bicubic). crop: side of the part of an original that is used, 0 for all.
     normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
     followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.

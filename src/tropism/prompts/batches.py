@@ -16,7 +16,7 @@ from tropism.core import Batch, Stream, UserError, generator
 from tropism.prompts.files import READERS, Prompt, check_lengths, from_row, read_file
 from tropism.prompts.sets import DATASET, bundled, nearest, read_dataset
 from tropism.prompts.wildcards import expand
-from tropism.worlds import shapes
+from tropism.worlds import glyphs, glyphs_posterior, shapes
 
 __all__ = ["Prompt", "as_batch", "batch_of", "listed", "own_rows", "read_prompts", "split", "train_and_held_out"]
 
@@ -94,24 +94,41 @@ def _chosen(line: dict[int, Prompt], count: int, kept: Counter) -> set[int]:
     return found
 
 
-def as_batch(prompts: list[Prompt], index: range | None = None) -> Batch:
-    return Batch(
+def as_batch(prompts: list[Prompt], index: range | None = None, draws: Sequence[int] | None = None) -> Batch:
+    """The batch of these prompts, with their pictures where they have some. draws: each one's place in a run, as meta "draw"."""
+    places = [{"name": p.name} if p.fill else {} for p in prompts]
+    for place, draw in zip(places, draws or (), strict=bool(draws)):
+        place |= {"draw": draw} if place else {}
+    batch = Batch(
         [p.text for p in prompts],
         [p.negative for p in prompts],
-        meta=[dict(p.meta) for p in prompts],
+        meta=[dict(p.meta) | place for p, place in zip(prompts, places, strict=True)],
         index=tuple(index or range(len(prompts))),
     )
+    return prompts[0].fill(batch) if prompts and prompts[0].fill else batch
+
+
+def names_of(batch: Batch) -> list[str]:
+    """What the rows of a batch are called on pages: their prompts, or their pictures' names."""
+    return [m.get("name", p) for p, m in zip(batch.prompts, batch.meta or [{}] * len(batch), strict=True)]
 
 
 def batch_of(prompts: list[Prompt], size: int, seed: int, update: int, group: int = 1) -> Batch:
-    """The batch of an update: the prompts in an order shuffled anew every pass, `size / group` at a time, each `group` times in a
-    row; a pure function. size: a multiple of group.
+    """The batch of an update, see `chosen`; a pure function."""
+    first = update * size // group
+    return as_batch(chosen(prompts, size, seed, update, group), draws=[first + i // group for i in range(size)])
+
+
+def chosen(prompts: list[Prompt], size: int, seed: int, update: int, group: int = 1) -> list[Prompt]:
+    """The prompts of an update: in an order shuffled anew every pass, `size / group` at a time, each `group` times in a row.
+
+    size: a multiple of group.
     """
     places = range(update * size // group, (update + 1) * size // group)
     orders = {
         e: generator(seed, Stream.SHUFFLE, e).permutation(len(prompts)) for e in {p // len(prompts) for p in places}
     }
-    return as_batch([prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places for _ in range(group)])
+    return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places for _ in range(group)]
 
 
 def train_and_held_out(
@@ -122,17 +139,32 @@ def train_and_held_out(
     A list of texts is taken as it is: its braces and underscores are no wildcards.
     """
     if prompts is None:
-        if model != "shapes":
+        if not isinstance(model, str) or model not in WORLDS:
             raise UserError(
-                f"No prompts were given, and only the bundled model 'shapes' has its own (this is {model!r}). "
+                f"No prompts were given, and only the bundled models {' and '.join(WORLDS)} have their own (this is {model!r}). "
                 "Add --prompts FILE with one prompt a line."
             )
-        train, held = ([Prompt(s.prompt) for s in shapes.scenes(side)] for side in (False, True))
+        train, held = WORLDS[model]()
     else:
         train, held = split(listed(prompts))
     if held_out is not None:
         train, held = listed(prompts) if prompts is not None else train, listed(held_out)
     return train, held
+
+
+def _of_shapes() -> list[list[Prompt]]:
+    return [[Prompt(s.prompt) for s in shapes.scenes(held_out)] for held_out in (False, True)]
+
+
+def _of_glyphs() -> list[list[Prompt]]:
+    """Scenes of seed 1 to train on, of seed 0 held out."""
+    fill = glyphs_posterior.filled
+    scene = lambda number, seed: Prompt(glyphs.PROMPT, meta=(("number", number), ("seed", seed)), fill=fill)
+    return [[scene(n, seed) for n in range(count)] for count, seed in ((20_000, 1), (4000, 0))]
+
+
+WORLDS = {"shapes": _of_shapes, "glyphs": _of_glyphs}
+"""() -> (train, held out) prompts of the bundled models of pictures."""
 
 
 def listed(prompts: str | Path | Sequence[str]) -> list[Prompt]:

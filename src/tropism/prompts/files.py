@@ -6,23 +6,37 @@ import csv
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tropism.core import UserError
+from tropism.core import Batch, UserError
 
 LONGEST = 20_000
+PICTURES = ("reference", "low_res")
+"""Columns that name a picture's file."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. If wildcards made it: the line they stood in, and (place, alternative) of each one taken."""
+    """One prompt. If wildcards made it: the line they stood in, and (place, alternative) of each one taken.
+
+    fill: brings the pictures that a batch of such prompts is asked for with (`reference`, `low_res`), one for all prompts of a set.
+    """
 
     text: str
     negative: str = ""
     meta: tuple = ()
     line: str = field(default="", compare=False, repr=False)
     choices: tuple[tuple[int, str], ...] = field(default=(), compare=False, repr=False)
+    fill: Callable[[Batch], Batch] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What it is called on pages: its text, or its picture's name."""
+        known = dict(self.meta)
+        picture = known.get("reference") or known.get("low_res")
+        return self.text if not self.fill else Path(str(picture)).name if picture else f"{self.text} {known['number']}"
 
 
 def read_file(path: Path) -> list[Prompt]:
@@ -38,21 +52,21 @@ def read_file(path: Path) -> list[Prompt]:
     found = READERS[path.suffix.lower()](_text(path), path.name)
     if not found:
         raise UserError(f"The prompt file '{path.name}' holds no prompt. Write one prompt a line.")
-    return [_with_picture(p, path) for p in found]
+    return [_with_pictures(p, path) for p in found]
 
 
-def _with_picture(prompt: Prompt, path: Path) -> Prompt:
-    """The prompt with its `reference` as a path from here: the file names it from its own folder. Raises UserError if it is not there."""
+def _with_pictures(prompt: Prompt, path: Path) -> Prompt:
+    """The prompt with its pictures as paths from here: the file names them from its own folder. Raises UserError if one is not there."""
     meta = dict(prompt.meta)
-    if "reference" not in meta:
-        return prompt
-    picture = path.parent / str(meta["reference"])
-    if not picture.is_file():
-        raise UserError(
-            f"'{path.name}' names the reference picture '{meta['reference']}' for {prompt.text[:60]!r}, but there is no file {picture}. "
-            "Paths are read from the prompt file's own folder."
-        )
-    return replace(prompt, meta=tuple({**meta, "reference": str(picture)}.items()))
+    for name in [n for n in PICTURES if n in meta]:
+        picture = path.parent / str(meta[name])
+        if not picture.is_file():
+            raise UserError(
+                f"'{path.name}' names the {name} picture '{meta[name]}' for {prompt.text[:60]!r}, but there is no file {picture}. "
+                "Paths are read from the prompt file's own folder."
+            )
+        meta[name] = str(picture)
+    return replace(prompt, meta=tuple(meta.items()))
 
 
 def check_lengths(prompts: list[Prompt], name: str) -> list[Prompt]:
@@ -105,8 +119,8 @@ def _from_csv(text: str, name: str) -> list[Prompt]:
 
 
 def from_row(row, place: str) -> Prompt:
-    """The prompt of an object with `prompt`, optional `negative_prompt`, `metadata`, `reward` (names) and `reference` (a picture's
-    file); `place` is for the errors.
+    """The prompt of an object with `prompt`, optional `negative_prompt`, `metadata`, `reward` (names), and `reference` and
+    `low_res` (pictures' files); `place` is for the errors.
     """
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
@@ -119,8 +133,7 @@ def from_row(row, place: str) -> Prompt:
     meta = dict(meta) if isinstance(meta, dict) else {}
     if row.get("reward"):
         meta["reward"] = _names(row["reward"], place)
-    if row.get("reference"):
-        meta["reference"] = row["reference"]
+    meta |= {name: row[name] for name in PICTURES if row.get(name)}
     return Prompt(" ".join(text.split()), negative, tuple(meta.items()))
 
 

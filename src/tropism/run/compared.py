@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropism.core import Batch
 from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Kept, Piece, shown
 from tropism.run.guided_table import Line, line_of, plain_line
-from tropism.run.products import measures_for
+from tropism.run.measures import measures_for
 from tropism.run.report import environment_of, number, spread, uri
 
 
@@ -104,7 +105,7 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
 def measured(first: Kept, entries: Sequence[Entry]) -> list[tuple[str, list[float]]]:
     """(measure, its mean of every entry) of measures that did not guide."""
     texts, base = [first.prompts[i].text for i in first.joined("prompts").tolist()], world_of(first.config["model"])
-    columns: list[dict[str, float]] = []
+    columns, asked = list[dict[str, float]](), Batch(texts)
     for samples in (shown(e.samples) for e in entries):
         if base in guided_tokens.MEASURES:
             found = {n: v.double().nanmean().item() for n, v in guided_tokens.MEASURES[base](samples).items()}
@@ -113,8 +114,8 @@ def measured(first: Kept, entries: Sequence[Entry]) -> list[tuple[str, list[floa
         elif samples.ndim == 4:
             found = {
                 name if key == name else f"{name}/{key}": v.double().mean().item()
-                for name, measure in measures_for(texts).items()
-                for key, v in measure(samples, texts).items()
+                for name, measure in measures_for(asked).items()
+                for key, v in measure(samples, asked).items()
             }
             varied = diversity(samples)
             found |= {} if varied is None else {"diversity": varied}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from tropism.align.rollout import sample
 from tropism.core import Batch, Draw, Model, Reward, UserError, scored_parts
+from tropism.prompts.batches import names_of
+from tropism.run.measures import Measure
 
 UPDATE = 2**40
 """The update number of evaluation noise: no training run gets there, so the two never share a draw."""
-
-Measure = Callable[[Tensor, list[str]], Mapping[str, Tensor]]
-"""(images (B, 3, H, W) in [0, 1], prompts) -> columns (B,); higher is better."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def evaluate(
     joined = {n: torch.cat([c[n] for c in columns]) for n in columns[0]}
     if base is not None:
         joined["drift"] = (pictures - base).pow(2).flatten(1).mean(1)
-    return Evaluation(pictures, joined, list(batch.prompts), diversity(pictures, per_prompt))
+    return Evaluation(pictures, joined, names_of(batch), diversity(pictures, per_prompt))
 
 
 @contextmanager
@@ -118,7 +117,7 @@ def columns_of(
     total, parts = scored_parts(reward, images, batch)
     columns = {"reward": total, **parts, **{f"watch/{n}": scored_parts(r, images, batch)[0] for n, r in watch.items()}}
     for name, measure in measures.items():
-        columns |= {name if key == name else f"{name}/{key}": v for key, v in measure(images, batch.prompts).items()}
+        columns |= {name if key == name else f"{name}/{key}": v for key, v in measure(images, batch).items()}
     return {n: v.detach().float().cpu() for n, v in columns.items()}
 
 

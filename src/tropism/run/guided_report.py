@@ -13,13 +13,14 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from tropism.core import Batch
 from tropism.models.load import world_of
 from tropism.run import guided_molecules, guided_tokens, pictures
 from tropism.run.card import fenced, safe
 from tropism.run.evaluate import diversity
 from tropism.run.guided import Piece, shown
 from tropism.run.guided_table import QUANTILES, Line, line_of, plain_cost, pooled, pools, rows_of, told_share
-from tropism.run.products import measures_for
+from tropism.run.measures import measures_for
 from tropism.run.report import environment_of, number, small, spread, uri
 
 DRAWINGS = (
@@ -89,9 +90,9 @@ def measured(run: Finished) -> list[tuple[str, float, float, float]]:
         return _of_tokens(run, guided, twins)
     if guided.ndim != 4:
         return []
-    rows = []
-    for name, measure in measures_for(run.texts).items():
-        before, after = measure(twins, run.texts), measure(guided, run.texts)
+    rows, asked = [], Batch(run.texts)
+    for name, measure in measures_for(asked).items():
+        before, after = measure(twins, asked), measure(guided, asked)
         for key in after:
             a, b = before[key].double(), after[key].double()
             error = (b - a).std().item() / math.sqrt(len(a)) if len(a) > 1 else math.nan

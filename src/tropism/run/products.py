@@ -18,13 +18,12 @@ from tropism.models import lora
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch
-from tropism.rewards.jpeg import true_bytes
 from tropism.run import card, report
-from tropism.run.evaluate import Evaluation, Measure, finite_mean
+from tropism.run.evaluate import Evaluation, finite_mean
 from tropism.run.evaluate import evaluate as measured
+from tropism.run.measures import measures_for
 from tropism.run.optimiser import fill, is_main
 from tropism.run.record import Recorder
-from tropism.worlds import shapes, taste
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.25)
 """Multiples of the adapter's effect that the model card tells of, beside 0 and 1."""
@@ -36,19 +35,8 @@ def weights_of(reward: Reward) -> dict[str, float]:
 
 
 def trained_on(train: Sequence[Prompt], held: Sequence[str]) -> int:
-    """How many of the evaluation prompts are trained on as well."""
-    return len(set(held) & {p.text for p in train})
-
-
-def measures_for(prompts: Sequence[str]) -> dict[str, Measure]:
-    """Honest measures beside the rewards: true JPEG kilobytes always; the parser and the hidden taste on the shapes world."""
-    measures: dict[str, Measure] = {"jpeg_kB": lambda images, _: {"jpeg_kB": true_bytes(images) / 1000}}
-    try:
-        for p in prompts:
-            shapes.parse_prompt(p)
-    except ValueError:
-        return measures
-    return measures | {"parser": shapes.accuracy, "gold_taste": lambda images, _: {"gold_taste": taste.gold(images)}}
+    """How many of the evaluation prompts, or of their pictures, are trained on as well; held: names of prompts."""
+    return len(set(held) & {p.name for p in train})
 
 
 class Judge:
@@ -75,7 +63,7 @@ class Judge:
         before: Evaluation | None = None,
     ):
         self.file = out / "samples" / "before.safetensors"
-        self.prompts = [p.text for p in held]
+        self.prompts = [p.name for p in held]
         how = {
             "steps": steps,
             "guidance": guidance,
@@ -85,7 +73,8 @@ class Judge:
             "watch": watch or {},
         }
         self._measure = partial(measured, model, reward, per_prompt=per_prompt, **how)
-        self._asked, self._measures = as_batch(held), measures_for(self.prompts)
+        self._asked = as_batch(held)
+        self._measures = measures_for(self._asked)
         self._before = before
         self._after: Evaluation | None = None
         self.identity = {
@@ -212,7 +201,7 @@ class Products:
             base=self.source,
             load=load,
             rewards=weights_of(self.reward),
-            prompts=[p.text for p in self.train],
+            prompts=[p.name for p in self.train],
             seed=self.seed,
             command=self.command,
             config=self.config,

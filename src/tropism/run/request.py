@@ -17,13 +17,14 @@ from tropism.core import Batch, Model, Reward, UserError, name_of
 from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
-from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
+from tropism.prompts.batches import Prompt, as_batch, batch_of, chosen, train_and_held_out
 from tropism.rewards.combine import routed, weighted
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.rewards.workers import InWorkers
 from tropism.run import report
 from tropism.run.checks import check_chain, check_numbers, known, not_negative, overrides, set_up
 from tropism.run.products import trained_on
+from tropism.run.sources import prompts_for
 
 BOUND = ("model", "reward", "batch", "state", "update", "seed", "micro_batch")
 MODELS_OWN = ("steps", "guidance")
@@ -62,10 +63,11 @@ class Request:
         if prepare is None:
             return
         few = updates * self.settings["batch"] < len(self.train)
-        batches = [as_batch(self.held), *([self.batch(u) for u in range(updates)] if few else [as_batch(self.train)])]
-        prepare(
-            [t for b in batches for t in b.prompts], [NEGATIVE, *(t for b in batches for t in b.negative_prompts or ())]
+        each = (self.train, *(self.settings[n] for n in ("batch", "seed")))
+        drawn = (
+            [p for u in range(updates) for p in chosen(*each, u, self.settings["per_prompt"])] if few else self.train
         )
+        prepare([p.text for p in (*self.held, *drawn)], [NEGATIVE, *(p.negative for p in (*self.held, *drawn))])
 
     def sampling(self) -> tuple[int, float]:
         """Steps and guidance of the evaluation: those asked for, else those of training."""
@@ -89,7 +91,7 @@ def read(
     check_numbers(settings)
     model_ = read_model(model, settings, place, precision) if isinstance(model, str) else model
     hyper = _resolved(function, model_, options)
-    train, held = train_and_held_out(settings["prompts"], settings["held_out"], model)
+    train, held = prompts_for(settings, model, model_)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
     check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
     watch = _watched(settings["watch"], held)
@@ -241,7 +243,7 @@ def fingerprint(text: str) -> str:
 
 
 def _remarks(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:
-    seen = trained_on(train, [p.text for p in held])
+    seen = trained_on(train, [p.name for p in held])
     said = [f"{seen} of {len(held)} prompts for evaluation are trained on as well (with other noise)."] if seen else []
     long = getattr(model, "too_long", lambda _: [])(sorted({p.text for p in train + held}))[:5]
     return said + [f"This prompt is longer than the text encoder reads and is cut off: {text[:80]!r}" for text in long]

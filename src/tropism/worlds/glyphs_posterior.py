@@ -11,6 +11,7 @@ second for 13.1 (4,000 scenes, recipes/glyphs.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -76,6 +77,22 @@ def batch(index: Sequence[int], seed: int, scale: int = SCALE, sigma: float = SI
         meta=[{"scene": text} for text in captions(classes(states))],
         index=tuple(index),
     )
+
+
+def filled(asked: Batch) -> Batch:
+    """What a batch asks for whose meta has the "number" and "seed" of every scene: `reference`, and `low_res` clamped as files hold it."""
+    meta = asked.meta or []
+    seeds = {m["seed"] for m in meta}
+    assert len(seeds) == 1, seeds
+    made = batch([m["number"] for m in meta], seeds.pop())
+    assert made.low_res is not None and made.meta is not None
+    known = [one | other for one, other in zip(meta, made.meta, strict=True)]
+    return replace(asked, reference=made.reference, low_res=made.low_res.clamp(0, 1), meta=known)
+
+
+def is_of_world(batch: Batch) -> bool:
+    """Whether the batch asks for scenes of this world: it was made by `filled` or `batch`."""
+    return batch.reference is not None and bool(batch.meta) and all("scene" in m for m in batch.meta or ())
 
 
 # ---------------------------------------------------------------------------------------------------- posterior
