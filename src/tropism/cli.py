@@ -102,6 +102,14 @@ def _command_line() -> str:
 def _register(name: str) -> None:
     """The commands whose flags are read off their functions, which takes importing them."""
     app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
+    if name == "upscale":
+        from tropism import commands
+
+        photos = Annotated[str, typer.Argument(help="A picture, or a folder of pictures.")]
+        source = inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, annotation=photos)
+        app.command("upscale")(_plain_command(commands.upscale, source))
+    else:
+        app.command("upscale", help="Enlarge photographs, and say what may be made up.")(_doctor)
     app.command("dial", help="Turn an adapter up or down, or mix two.")(_dial_command() if name == "dial" else _doctor)
     if name == "align":
         from tropism import commands

@@ -10,6 +10,7 @@ from tropism.commands.reproduce import Reproduced, reproduce
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
+from tropism.commands.upscale import upscale
 
 __all__ = [
     "GUIDES",
@@ -32,4 +33,5 @@ __all__ = [
     "race",
     "reproduce",
     "serve",
+    "upscale",
 ]

@@ -1,0 +1,142 @@
+"""The command that enlarges photographs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from tropism.core import Model, UserError
+from tropism.models import lora
+from tropism.models.latent import Latent
+from tropism.models.load import load_model
+from tropism.restore.pairs import pictures_of
+from tropism.run import export
+from tropism.run.checks import at_least_one, finite_numbers, not_negative, overrides, set_up
+from tropism.run.upscaling import Upscaled, Upscaler, check_colour, upscaled
+
+
+def upscale(
+    source: str | Path,
+    *,
+    out: str | Path,
+    model: str | Model | None = None,
+    adapter: str | Path | None = None,
+    strength: float = 1.0,
+    prompt: str = "",
+    negative: str = "",
+    samples: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    setting: Sequence[str] = (),
+    colour: str = "none",
+    tile: int = 256,
+    context: int = 16,
+    blend: int = 16,
+    overwrite: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> list[Upscaled]:
+    """Enlarge photographs with a generative upscaler, and say how much of them may be made up.
+
+    source: a picture or a folder of pictures. out: a .png file for a picture, else a folder; what is there already is left alone.
+    model: as for `align`, default the one that the adapter was trained on. adapter: a run of align, or an adapter's folder.
+    strength: how much of the adapter, 0 is the model without it, 1 as trained. samples: drawn of every picture; from two on their
+    differences tell what is made up: the expected error, and NAME-doubt.png. setting: "KEY=VALUE" of the model's family, such as
+    noise_level=50. colour: none, adain or wavelet: tones taken from the source. tile, context, blend: of large pictures, in pixels of
+    the source: the side of a part, what it may see around itself, and over how much it fades into the next.
+    Raises UserError for anything that cannot be; a folder's pictures are checked one by one as their turn comes.
+    """
+    at_least_one(samples=samples, steps=steps, tile=tile)
+    not_negative(seed=seed, context=context, strength=strength)
+    finite_numbers(guidance=guidance, strength=strength)
+    check_colour(colour)
+    files = pictures_of(source)
+    places = _places(Path(source), files, Path(out))
+    machine = set_up(device, dtype, threads)
+    named = model is None or isinstance(model, str)
+    loaded = _model(model, adapter, strength, setting, machine) if named else model
+    steps = steps or getattr(loaded, "steps", 50)
+    weight = getattr(loaded, "guidance", 1.0) if guidance is None else guidance
+    getattr(loaded, "check_request", lambda *_: None)(guidance, [negative])
+    loaded.process.times(steps, getattr(loaded, "shape", (1, 1, 1)))
+    upscaler = Upscaler(loaded, steps, weight, prompt, negative, seed, samples, colour)
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    found = []
+    for file, place in zip(files, places, strict=True):
+        if place.exists() and not overwrite:
+            say(f"{place} is there already; --overwrite makes it anew.")
+            continue
+        found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend))
+        say(told(found[-1]))
+    if samples > 1 and len(files) > 1 and found:
+        _write_table(Path(out) / "upscale.csv", found)
+    return found
+
+
+def told(done: Upscaled) -> str:
+    """A finished picture in a line."""
+    text = f"{done.source.name} -> {done.out}, {done.width} x {done.height} pixels"
+    if done.doubt is None:
+        return text
+    if done.psnr is not None and math.isinf(done.psnr):
+        return f"{text}; its samples are all alike, so they tell nothing of what is made up"
+    return (
+        f"{text}; if the model is a fair sampler, {done.doubt:.3f} of the range is the expected error and {done.psnr:.1f} dB the "
+        f"expected PSNR; red in {done.heat.name if done.heat else ''} is made up"
+    )
+
+
+def _places(source: Path, files: Sequence[Path], out: Path) -> list[Path]:
+    """Where each picture goes. Raises UserError for two of one name, and a file where a folder is needed."""
+    if source.is_file() and out.suffix.lower() == ".png":
+        return [out]
+    if source.is_file() and out.suffix and not out.is_dir():
+        raise UserError(
+            f"Pictures are written as PNG, which loses nothing: give --out NAME.png or a folder, not {out.name}."
+        )
+    if out.is_file():
+        raise UserError(f"{out} is a file, and several pictures need a folder. Choose another --out.")
+    places = [out / f"{file.stem}.png" for file in files]
+    if twice := [p.name for p in places if places.count(p) > 1]:
+        raise UserError(f"Two pictures of {source} would both be called {twice[0]}. Rename one of them.")
+    return places
+
+
+def _model(
+    model: str | None, adapter: str | Path | None, strength: float, setting: Sequence[str], place: tuple[Any, Any]
+) -> Model:
+    """The upscaler with its adapter at a strength. Raises UserError for a model that draws from words alone."""
+    folder, config = export.found(Path(adapter)) if adapter else (None, {})
+    base = model or config.get("model")
+    if not base:
+        raise UserError(
+            "Say which model enlarges: --model stabilityai/stable-diffusion-x4-upscaler, a folder, file.py:Class, or the bundled "
+            "glyphs."
+        )
+    settings = lora.read(folder)[1] if folder else None
+    given = {"settings": overrides(setting)} if setting else {}
+    loaded = load_model(base, device=place[0], dtype=place[1], lora=settings, **given)
+    if not hasattr(loaded, "scale"):
+        raise UserError(f"{base} draws from words; it enlarges nothing. Choose an upscaler with --model.")
+    if folder:
+        lora.load(cast(Latent, loaded), folder)
+        lora.scale(cast(Latent, loaded), strength)
+    elif strength != 1:
+        raise UserError(
+            f"--strength {strength:g} is for an adapter, and there is none. Name it with --adapter, or leave it out."
+        )
+    return loaded
+
+
+def _write_table(file: Path, found: Sequence[Upscaled]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(["file", "out", "width", "height", "doubt", "expected_psnr"])
+        table.writerows([d.source.name, d.out.name, d.width, d.height, d.doubt, d.psnr] for d in found)

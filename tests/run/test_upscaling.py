@@ -1,0 +1,157 @@
+"""Photographs through an upscaler: tiles, places of noise, and what several samples tell."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_upscalers import tiny_pixel
+
+from tropism.commands import upscale
+from tropism.core import Stream, UserError
+from tropism.models.one_step import OneStep
+from tropism.models.upscale_pixel import PixelUpscale
+from tropism.run.upscaling import PlacedDraw, Upscaler, differences
+from tropism.worlds import glyphs_posterior
+
+
+class Grainy(OneStep):
+    """Enlarges by repetition and adds grain: what it makes of a place hangs on that place and its noise alone."""
+
+    def __init__(self, grain=0.05):
+        super().__init__(torch.nn.Linear(1, 1), 2)
+        self.grain = grain
+
+    def upscale(self, low_res, noise, run):
+        return F.interpolate(low_res, scale_factor=2.0) + self.grain * noise
+
+
+SMALL = {"tile": 50, "context": 4, "blend": 5}
+
+
+def photo(file, width=90, height=70, seed=0):
+    pixels = np.random.default_rng(seed).integers(60, 190, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def pixels(file):
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def test_noise_belongs_to_its_place():
+    """A part drawn at one corner is the same part of any larger one; blocks of the field are independent standard normals."""
+    whole = PlacedDraw(3, 0, (0, 1), (0, 0), 300)(Stream.PRIOR, 0, (2, 300, 280))
+    part = PlacedDraw(3, 0, (0, 1), (45, 130), 90)(Stream.PRIOR, 0, (2, 90, 100))
+    assert torch.equal(part, whole[:, :, 45:135, 130:230])
+    finer = PlacedDraw(3, 0, (0, 1), (11, 32), 20)(Stream.PRIOR, 0, (2, 80, 64))  # four states a pixel
+    assert torch.equal(finer, whole[:, :, 44:124, 128:192])
+    n = whole.numel()
+    assert abs(whole.mean()) < 4 / n**0.5 and abs(whole.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((whole[..., :64, :64] * whole[..., 64:128, :64]).mean()) < 4 / (4 * 64**2) ** 0.5
+    for other in (PlacedDraw(4, 0, (0,), (0, 0), 8), PlacedDraw(3, 0, (2,), (0, 0), 8)):
+        assert not torch.equal(other(Stream.PRIOR, 0, (2, 8, 8))[0], whole[0, :, :8, :8])
+    assert not torch.equal(PlacedDraw(3, 0, (0,), (0, 0), 300)(Stream.TRANSITION, 0, (2, 8, 8))[0], whole[0, :, :8, :8])
+
+
+def test_tiles_of_a_local_model_have_no_seams(tmp_path):
+    file = photo(tmp_path / "a.png")
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    upscale(file, model=Grainy(), out=small, tile=40, context=4, blend=5)
+    upscale(file, model=Grainy(), out=large, tile=400)
+    assert pixels(small).shape == (140, 180, 3)
+    assert abs(pixels(small) - pixels(large)).max() <= 1  # mixing two equal numbers rounds
+    again = tmp_path / "again.png"
+    upscale(file, model=Grainy(), out=again, tile=40, context=4, blend=5)
+    assert again.read_bytes() == small.read_bytes()
+    upscale(file, model=Grainy(), out=again, seed=1, overwrite=True)
+    assert abs(pixels(again) - pixels(large)).mean() > 5
+
+
+def test_samples_tell_the_grain(tmp_path):
+    """Two draws of independent grain s differ by 2 s / sqrt(pi) in the mean and by 2 s^2 in the mean of squares."""
+    done = upscale(photo(tmp_path / "a.png"), model=Grainy(), out=tmp_path / "b.png", samples=4, **SMALL)[0]
+    assert abs(done.doubt - 0.1 / math.pi**0.5) < 5e-4 and abs(done.psnr + 10 * math.log10(2 * 0.05**2)) < 0.05
+    one = upscale(tmp_path / "a.png", model=Grainy(), out=tmp_path / "c.png", **SMALL)[0]
+    assert one.doubt is None and (tmp_path / "c.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert pixels(done.heat).shape == (70, 90, 3)
+
+
+def test_a_fair_sampler_is_as_far_from_the_truth_as_from_itself():
+    """On the glyphs world, whose posterior can be sampled: squared error and difference of two samples agree within 4 standard errors."""
+    batch = glyphs_posterior.batch(range(600), 0)
+    draws = torch.stack([glyphs_posterior.sampled(batch, k=k) for k in (0, 1)])
+    error = ((draws[0] - batch.reference) ** 2).flatten(1).mean(1)
+    apart = torch.stack([differences(draws[:, i], 4)[1].mean() for i in range(len(error))])
+    gap = (apart - error).double()
+    assert abs(gap.mean()) < 4 * gap.std() / len(gap) ** 0.5
+    assert apart.mean() > 20 * gap.std() / len(gap) ** 0.5  # the interval could have told
+
+
+def test_every_size_is_taken(tmp_path, capsys):
+    """The tiny upscaler takes even sides alone; odd ones are filled up and cut again. A folder, tones, and what is there already."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, size in enumerate([(9, 7), (21, 6)]):
+        photo(folder / f"{i}.png", *size, seed=i)
+    Image.fromarray(np.full((5, 5, 4), 120, np.uint8)).save(folder / "grey.png")
+    model, out = str(tiny_pixel(tmp_path / "m", 3)), tmp_path / "out"
+    done = upscale(folder, model=model, out=out, steps=2, samples=2, colour="adain", tile=12, context=2, blend=1)
+    assert [(d.width, d.height) for d in done] == [(36, 28), (84, 24), (20, 20)]
+    rows = list(csv.DictReader((out / "upscale.csv").open()))
+    assert [r["file"] for r in rows] == ["0.png", "1.png", "grey.png"] and all(float(r["doubt"]) > 0 for r in rows)
+    before, source = pixels(out / "0.png"), pixels(folder / "0.png")
+    assert abs(before.mean((0, 1)) - source.mean((0, 1))).max() < 12
+    assert upscale(folder, model=model, out=out, steps=2) == []
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_an_adapter_and_how_much_of_it(tmp_path, monkeypatch):
+    from tropism.models import lora
+
+    model, photo_file = str(tiny_pixel(tmp_path / "m", 3)), photo(tmp_path / "a.png", 8, 8)
+    trained = PixelUpscale.load(model, lora=lora.LoraSettings(rank=2))
+    with torch.no_grad():
+        for p in trained.trainable().values():
+            p.add_(0.2)
+    lora.save(trained, tmp_path / "lora")
+    (tmp_path / "config.yaml").write_text(f"model: {model}\n")
+    made = {}
+    for name, more in {"base": {"model": model}, "off": {"strength": 0.0}, "on": {}, "half": {"strength": 0.5}}.items():
+        adapter = {} if name == "base" else {"adapter": tmp_path}
+        upscale(photo_file, out=tmp_path / f"{name}.png", steps=2, **adapter, **more)
+        made[name] = pixels(tmp_path / f"{name}.png")
+    assert (made["base"] == made["off"]).all()
+    away = {n: abs(made[n] - made["base"]).mean() for n in ("half", "on")}
+    assert 0 < away["half"] < away["on"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, "Say which model enlarges"),
+        ({"model": "shapes"}, "draws from words"),
+        ({"model": Grainy(), "colour": "sepia"}, "no correction of colours 'sepia'. Give one of none, adain, wavelet"),
+        ({"model": Grainy(), "out": "b.jpg"}, "Pictures are written as PNG"),
+        ({"model": Grainy(), "samples": 0}, "samples"),
+        ({"model": Grainy(), "tile": 20}, "Tiles of 20 px are too small"),
+    ],
+)
+def test_mistakes(tmp_path, more, says):
+    file = photo(tmp_path / "a.png")
+    asked = {"out": tmp_path / "b.png", **more}
+    if isinstance(asked["out"], str):
+        asked["out"] = tmp_path / asked["out"]
+    with pytest.raises(UserError, match=says):
+        upscale(file, **asked)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_a_scale_that_is_no_whole_number(tmp_path):
+    model = Grainy()
+    model.scale = 1.5
+    with pytest.raises(UserError, match="whole number"):
+        Upscaler(model, 1, 1.0)(torch.rand(1, 3, 4, 4))
