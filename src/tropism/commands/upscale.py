@@ -45,12 +45,13 @@ def upscale(
 ) -> list[Upscaled]:
     """Enlarge photographs with a generative upscaler, and say how much of them may be made up.
 
-    source: a picture or a folder of pictures. out: a .png file for a picture, else a folder; what is there already is left alone.
-    model: as for `align`, default the one that the adapter was trained on. adapter: a run of align, or an adapter's folder.
-    strength: how much of the adapter, 0 is the model without it, 1 as trained. samples: drawn of every picture; from two on their
-    differences tell what is made up: the expected error, and NAME-doubt.png. setting: "KEY=VALUE" of the model's family, such as
-    noise_level=50. colour: none, adain or wavelet: tones taken from the source. tile, context, blend: of large pictures, in pixels of
-    the source: the side of a part, what it may see around itself, and over how much it fades into the next.
+    source: a picture or a folder of pictures. out: for one picture the PNG file, else a folder; what is there already is left alone.
+    model: an upscaler, named as for `align`; default the one that the adapter was trained on. adapter: a run of align, or an adapter's
+    folder. strength: how much of the adapter, 0 is the model without it, 1 as trained. prompt: what the picture shows, for models that
+    read words. negative: what it must not show. samples: pictures drawn of each; from two on their differences tell what is made up, as
+    expected error and as NAME-doubt.png. setting: "KEY=VALUE" of the model's family, such as noise_level=50. colour: "none", or tones
+    taken from the source by "adain" or "wavelet". tile: side of the parts that large pictures are done in, in pixels of the source.
+    context: how far a part sees around itself. blend: over how many pixels it fades into the next. overwrite: make again what is there.
     Raises UserError for anything that cannot be; a folder's pictures are checked one by one as their turn comes.
     """
     at_least_one(samples=samples, steps=steps, tile=tile)
