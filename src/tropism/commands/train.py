@@ -152,7 +152,7 @@ def align(
     with recording as recorder, ended(asked.reward):
         for text in remarks:
             recorder.say(text)
-        judge = judge_of(asked, Path(out), request.identity(model, reward))
+        judge = judge_of(asked, Path(out), request.identity(model, reward, asked.reward))
         if resume:
             judge.check_begun()
         of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)

@@ -50,7 +50,7 @@ class Remote:
         self.connection = Connection(url, timeout=timeout, retries=retries, pause=pause, most=most)
         self.at_once, self.parallel, self._known = at_once, parallel, OrderedDict[bytes, float]()
         self.server, self.hash = self._greeted()
-        self.name = f"remote:{self.server}"
+        self.name, self.served = f"remote:{self.server}", (self.hash,)
 
     @torch.no_grad()
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
