@@ -73,7 +73,7 @@ def test_workers_that_die_of_loading_do_not_hang_the_run(slow, forked):
 
 
 def test_what_only_a_worker_cannot_load_is_said(slow, forked):
-    with pytest.raises(UserError, match="slow.py failed with KeyError: 'no display'"):
+    with pytest.raises(UserError, match=r"slow\.py failed with KeyError: 'no display'"):
         slow("raise KeyError('no display')", workers=1)(torch.ones(1, 3, dtype=torch.long), Batch(["a"]))
 
 

@@ -123,7 +123,7 @@ def align(
     prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, `org/name[:column][@split]` on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
     normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
-    followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
+    followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update or the budget's end.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
     per_prompt: pictures of one prompt in a batch, which is a multiple of it (advantages within a group need several).
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the

@@ -27,7 +27,7 @@ from tropism.rewards import (
     vqa,
 )
 from tropism.rewards.bridge import bridge
-from tropism.rewards.combine import routed, weighted
+from tropism.rewards.combine import check_routes, routed, weighted
 from tropism.rewards.named import Named
 from tropism.rewards.old_form import old_form
 from tropism.rewards.remote import Remote
@@ -164,8 +164,10 @@ def _check_arguments(place: str, function: Reward) -> None:
 
 def check_prompts(reward: Reward, prompts: list[str], meta: list[dict] | None = None) -> None:
     """Raises UserError if a part of this reward, by its own `check_prompts` or, of what goes with them, `check_meta`, cannot score one
-    of the prompts.
+    of the prompts, or one is meant for a reward there is not.
     """
+    if meta is not None:
+        check_routes(reward, prompts, meta)
     parts: Any = getattr(reward, "terms", ((reward, 1.0),))
     for part, _ in parts:
         getattr(part, "check_prompts", lambda _: None)(prompts)

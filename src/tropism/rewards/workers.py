@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import Batch, Reward, UserError, name_of, scored
+from tropism.rewards.combine import unrouted
 from tropism.rewards.docking import PATIENCE
 from tropism.rewards.identity import served
 from tropism.rewards.load import load_rewards
@@ -42,7 +43,7 @@ def _one(text: str, sample: Any, prompt: str, meta: dict) -> tuple[float, str]:
     reward: Any = _loaded(text)
     if getattr(reward, "refusal", ""):
         reward.refusal = ""
-    score = scored(reward, torch.from_numpy(sample)[None], Batch([prompt], meta=[meta]))[0].item()
+    score = scored(reward, torch.from_numpy(sample)[None], unrouted(reward, Batch([prompt], meta=[meta])))[0].item()
     return score, getattr(reward, "refusal", "")
 
 

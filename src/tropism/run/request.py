@@ -17,7 +17,7 @@ from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, train_and_held_out
-from tropism.rewards.combine import routed, weighted
+from tropism.rewards.combine import weighted
 from tropism.rewards.identity import fingerprint, identity_of
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.rewards.workers import InWorkers
@@ -93,7 +93,6 @@ def read(
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
     check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
     watch = _watched(settings["watch"], held)
-    _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
@@ -113,18 +112,6 @@ def _watched(texts: Sequence[Reward | str], held: Sequence[Prompt]) -> dict[str,
         check_prompts(loaded, [p.text for p in held])
         found[name] = loaded
     return found
-
-
-def _check_routes(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for a prompt that is meant for a reward there is not."""
-    names = getattr(reward, "names", [name_of(reward)])
-    for prompt in prompts:
-        for name in routed(dict(prompt.meta)):
-            if name not in names:
-                raise UserError(
-                    f"The prompt {prompt.text[:60]!r} is meant for the reward '{name}', but the rewards are {', '.join(names)}. "
-                    "Name one of these in its `reward`, or add it with --reward."
-                )
 
 
 class _Reached(Exception):
