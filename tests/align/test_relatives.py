@@ -127,6 +127,7 @@ def test_refl_by_hand(n, drift):
     assert torch.allclose(gradient, slope(model, total), rtol=1e-9, atol=1e-13)
     assert torch.allclose(info.columns["reward"], rewards.detach())
     assert info.calls["forward"] == 2 * 4 * (stop + 1)  # the rest of the chain is not run
+    assert info.calls["backward"] == 2 * 4, "the base model is asked without a gradient, which would reach nothing"
 
 
 def test_refl_draws_its_step_evenly():
