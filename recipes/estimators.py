@@ -1,6 +1,6 @@
 """Bias and variance of every gradient estimator against the exact gradient, on a mixture of two Gaussians in one dimension.
 
-    python recipes/estimators.py --out docs/results/estimators      6 minutes on one core; writes estimators.csv and estimators.png
+    python recipes/estimators.py --out docs/results/estimators      3 minutes on one core; writes estimators.csv and estimators.png
 
 The network is the exact noise prediction plus one number a step, so a gradient says how well an estimator sees each of the 10 steps.
 Exact: quadrature over x_T for the deterministic chain, a value recursion over a grid for the stochastic one (DDPO's). The mean of 400
