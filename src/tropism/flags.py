@@ -39,7 +39,7 @@ HELP = {
     "schedule": "Learning rate over the run: constant, linear or cosine (down to 0).",
     "rank": "LoRA rank.",
     "normalise": "none, base or running: each reward of a sum in units of its spread on the base model.",
-    "ramp": "NAME=WEIGHT: what a weight of a sum goes to by the last update, repeatable.",
+    "ramp": "NAME=WEIGHT: what a weight of a sum goes to by the end of updates or budget, repeatable.",
     "alpha": "LoRA alpha (default: the rank).",
     "targets": "LoRA target modules, repeatable.",
     "full": "Train every weight of the denoiser instead of a LoRA.",

@@ -2,12 +2,14 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from toy import ToyModel, batch, smooth_reward, table
 
 from tropism import core
+from tropism.align import ddpo as algorithm
 from tropism.align.advantage import ADVANTAGES, KEPT, LEAST, remembered
 from tropism.align.ddpo import ascend, ddpo, log_density, walk
 from tropism.align.update import begin
@@ -130,9 +132,23 @@ class _Cond:
         return self
 
 
+class Design:
+    """In place of draws: 2 d points whose mean is 0 and whose covariance is 1, so that means of quadratics are exact."""
+
+    def __init__(self, points):
+        self.points = points
+
+    def __call__(self, stream, step, shape, k=0):
+        assert stream == Stream.TRANSITION
+        return self.points[:, step + 1].reshape(-1, *shape)
+
+    def __getitem__(self, rows):
+        return Design(self.points[rows])
+
+
 @pytest.mark.parametrize("kind", ["DDPM", "flow SDE"])
 def test_the_gradient_is_unbiased_where_the_right_one_is_known(kind):
-    """E[x_0] = theta sum_i b_i prod a: the score-function gradient agrees within 4 standard errors of 20,000 samples."""
+    """E[x_0] = theta sum_i b_i prod a. Reward and score are linear in the noise, so the mean of their product is exact on a design."""
     if kind == "DDPM":
         process, prediction = VP(table(), "leading", 0, 1.0, 0.9999), "epsilon"
     else:
@@ -141,20 +157,56 @@ def test_the_gradient_is_unbiased_where_the_right_one_is_known(kind):
     right, later = 0.0, 1.0
     for a, b in reversed(linear_coefficients(process, times, prediction)):
         right, later = right + later * b, later * a
-    model, n = Constant(process, prediction), 20_000
-    reward = lambda x, b: x[:, 0, 0, 0]
-    chain, x_T = begin(model, reward, Batch([""] * n), seed=0, update=0, steps=N, guidance=1.0)
-    path = walk(chain, x_T, None)
-    centred = path.rewards - path.rewards.mean()
-    scores = []
-    for rows in torch.arange(n).chunk(200):
-        found, _ = ascend(chain, path, centred, rows, 1.0, 0.0, None)
-        scores.append(-found[0] * len(path.log_probs) / len(rows))
-    scores = torch.cat(scores)
+    model, d = Constant(process, prediction), N + 1  # x_T and N steps
+    points = d**0.5 * torch.cat([torch.eye(d), -torch.eye(d)]).double()
+    reward = lambda x, b: 3 + x[:, 0, 0, 0]
+    chain, _ = begin(model, reward, Batch([""] * 2 * d), seed=0, update=0, steps=N, guidance=1.0)
+    chain = replace(chain, draw=Design(points))
+    path = walk(chain, points[:, 0].reshape(-1, 1, 1, 1), None)
+    (total,), _ = ascend(chain, path, path.rewards, torch.arange(2 * d), 1.0, 0.0, None)
     if kind == "flow SDE":  # its last step has no noise, so theta's part in it is out of a policy gradient's reach
         right -= linear_coefficients(process, times, prediction)[-1][1]
-    assert abs(scores.mean() - right) < 4 * scores.std() / len(scores) ** 0.5
-    assert scores.std() / len(scores) ** 0.5 < 0.07 * abs(right)
+    assert -total.item() * len(path.log_probs) / (2 * d) == pytest.approx(right, rel=1e-9)
+
+
+def test_advantages_are_clipped_on_both_sides():
+    """Before the first step every ratio is 1, so the loss is minus the mean of the clipped advantages."""
+    for sign in (1, -1):
+        outlier = lambda images, b, sign=sign: sign * torch.tensor([9.0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
+        (_, info), *_ = steps_of(
+            ToyModel(eta=1.0), reward=outlier, minibatches=1, advantage="batch", advantage_clip=0.7
+        )[0]
+        whole = ADVANTAGES["batch"](info.columns["reward"], [""] * 8, {})
+        assert whole.abs().max() > 2
+        assert info.scalars["loss"] == pytest.approx(-whole.clamp(-0.7, 0.7).mean().item(), rel=1e-6)
+
+
+def test_rows_are_shuffled_anew_every_epoch_and_update(monkeypatch):
+    seen = []
+
+    def spy(chain, path, advantages, rows, *rest):
+        seen.append(rows.tolist())
+        return ascend(chain, path, advantages, rows, *rest)
+
+    monkeypatch.setattr(algorithm, "ascend", spy)
+    for n in (0, 0, 1):
+        steps_of(ToyModel(eta=1.0), n=n, minibatches=2, inner_epochs=2)
+    orders = [first + second for first, second in zip(seen[::2], seen[1::2], strict=True)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    first, second, again, _, later, _ = orders
+    assert first == again
+    assert len({tuple(order) for order in (first, second, later, range(8))}) == 4
+
+
+def test_rewards_belong_to_their_prompts_whatever_the_order_of_rows():
+    """As another process gathers them: by the samples' global indices."""
+    one, order = batch(8), [5, 0, 7, 2, 1, 6, 4, 3]
+    other = Batch([one.prompts[i] for i in order], index=tuple(order))
+    found, state = steps_of(ToyModel(eta=1.0), one, minibatches=1)
+    moved, same = steps_of(ToyModel(eta=1.0), other, minibatches=1)
+    assert {p: pytest.approx(r) for p, r in state["rewards"].items()} == same["rewards"]
+    assert len({r for (r,) in same["rewards"].values()}) == 8
+    assert torch.allclose(found[0][0], moved[0][0], rtol=1e-9, atol=1e-13)
 
 
 def test_the_reward_rises():
@@ -207,7 +259,8 @@ def test_a_prompts_own_statistics_count_once_there_are_enough():
         assert found[i].item() == pytest.approx(((rewards[i] - own.mean()) / own.std(correction=0)).item(), abs=1e-5)
     for i in (1, 3):
         assert found[i].item() == pytest.approx(((rewards[i] - 1.5) / rewards.std(correction=0)).item(), abs=1e-5)
-    assert len(remembered({"a": [0.0] * KEPT}, ["a"], torch.ones(1))["a"]) == KEPT
+    kept = remembered({"a": [float(i) for i in range(KEPT)], "b": [5.0]}, ["a", "a"], torch.tensor([70.0, 80.0]))
+    assert kept == {"a": [*range(2, KEPT), 70.0, 80.0], "b": [5.0]}, "the newest"
 
 
 def test_a_group_is_a_prompt_in_this_batch():

@@ -84,6 +84,17 @@ def test_a_weight_goes_to_its_end():
         torch.testing.assert_close(found, fixed)
 
 
+def test_a_weight_follows_the_budget_where_that_is_spent_first():
+    """`fit` tells the share that is done; an update's own share counts where it is larger."""
+    model = ToyModel()
+    for update, done, weight in ((0, 0.5, 0.25), (1, 1.0, 1.0), (4, 0.1, 1.0)):
+        step = scaled(model, ramps={"large": 1.0})
+        step.pace(done)
+        found, *_ = once(step, model, update)
+        fixed, *_ = once(scaled(model, weighted([(SMALL, 1.0), (LARGE, weight)])), model, update)
+        torch.testing.assert_close(found, fixed)
+
+
 def test_without_either_the_algorithm_is_itself():
     model = ToyModel()
     run = alignprop(model, weighted([(SMALL, 1.0), (LARGE, -0.5)]), batch(6), state={}, update=0, seed=4,

@@ -51,16 +51,24 @@ def advance(model, x, out, t, s):
 def test_draft_is_alignprop_with_a_fixed_suffix():
     """Spec check 5: K = 1 is DRaFT-1, K = N is the whole chain."""
     for k in (1, 4, N):
-        ours, theirs = once(draft, ToyModel(), k=k), once(alignprop, ToyModel(), truncation=k)
-        assert torch.equal(ours[2], theirs[2])
-        assert ours[1].calls == theirs[1].calls
+        for more in ({}, {"drift": 0.7}):
+            ours, theirs = once(draft, ToyModel(), k=k, **more), once(alignprop, ToyModel(), truncation=k, **more)
+            assert torch.equal(ours[2], theirs[2])
+            assert ours[1].calls == theirs[1].calls
+            assert ours[1].scalars["drift_penalty"] == theirs[1].scalars["drift_penalty"]
     full = once(draft, ToyModel(), k=N)[2]
     assert torch.allclose(full, once(alignprop, ToyModel(), truncation="full")[2], rtol=1e-12)
     assert not torch.allclose(full, once(draft, ToyModel(), k=1)[2], rtol=0.1)
 
 
-@pytest.mark.parametrize("copies", [1, 2, 5])
-def test_draft_lv_by_hand(copies):
+def away(model, x, out, t, cond, weight):
+    """The penalty (B,) of one step: weight times the mean squared distance to the base model's output at the same x_t."""
+    with model.base():
+        return weight * (out - model.predict(x, t, cond, W)).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(("copies", "drift"), [(1, 0.0), (2, 0.0), (5, 0.0), (2, 0.7)])
+def test_draft_lv_by_hand(copies, drift):
     """x_0 through the last step, then copies of the detached x_0 noised to the last time, each predicted once; the mean of all."""
     model = ToyModel()
     b, draw, cond, times, x = begun(model)
@@ -68,19 +76,23 @@ def test_draft_lv_by_hand(copies):
         with torch.no_grad():
             x = advance(model, x, model.predict(x, t, cond, W), t, s)
     last = times[-2]
-    end = advance(model, x, model.predict(x, last, cond, W), last, TERMINAL)
+    out = model.predict(x, last, cond, W)
+    end = advance(model, x, out, last, TERMINAL)
     losses = [-smooth_reward(model.decode(end), b)]
+    extra = [away(model, x, out, last, cond, drift)]
     for n in range(copies):
         noised = model.process.forward(end.detach(), last, draw(Stream.RENOISE, N - 1, (2, 3, 3), k=n))
-        x0 = model.x0(noised, model.predict(noised, last, cond, W), last)
-        losses.append(-smooth_reward(model.decode(x0), b))
-    total = torch.stack(losses).mean(0).sum()
-    loss, info, gradient = once(draft_lv, ToyModel(), noised=copies)
+        out = model.predict(noised, last, cond, W)
+        losses.append(-smooth_reward(model.decode(model.x0(noised, out, last)), b))
+        extra.append(away(model, noised, out, last, cond, drift))
+    total = (torch.stack(losses) + torch.stack(extra)).mean(0).sum()
+    loss, info, gradient = once(draft_lv, ToyModel(), noised=copies, drift=drift)
     assert loss.item() == pytest.approx(total.item(), rel=1e-10)
     assert torch.allclose(gradient, slope(model, total), rtol=1e-9, atol=1e-13)
     assert torch.allclose(info.columns["reward"], -losses[0].detach())
     assert (info.calls["reward"], info.calls["decode"]) == (4 * (1 + copies), 4 * (1 + copies))
-    rows = {"forward": N + copies, "recompute": 1 + copies, "backward": 1 + copies}
+    again = (1 + copies) * (2 if drift else 1)  # the base model's rows
+    rows = {"forward": N + copies, "recompute": again, "backward": again}
     assert {k: info.calls[k] for k in rows} == {k: 2 * 4 * n for k, n in rows.items()}
 
 
@@ -99,21 +111,23 @@ def test_draft_lv_measures_how_parts_agree_once_and_counts_it():
     assert info.calls["reward_gradient"] == 4 * (3 + 2)
 
 
-@pytest.mark.parametrize("n", [0, 1, 5])
-def test_refl_by_hand(n):
+@pytest.mark.parametrize(("n", "drift"), [(0, 0.0), (1, 0.0), (5, 0.0), (1, 0.7)])
+def test_refl_by_hand(n, drift):
     model, stop = ToyModel(), int(generator(SEED, Stream.TIMESTEP, n).integers(7, N))
     b, _, cond, times, x = begun(model, n)
     with torch.no_grad():
         for t, s in pairwise(times[: stop + 1]):
             x = advance(model, x, model.predict(x, t, cond, W), t, s)
     t = times[stop]
-    rewards = smooth_reward(model.decode(model.x0(x, model.predict(x, t, cond, W), t)), b)
-    total = (0.5 - rewards).clamp_min(0).sum()
-    loss, info, gradient = once(refl, ToyModel(), n, earliest=0.75, hinge=0.5)
+    out = model.predict(x, t, cond, W)
+    rewards = smooth_reward(model.decode(model.x0(x, out, t)), b)
+    total = ((0.5 - rewards).clamp_min(0) + away(model, x, out, t, cond, drift)).sum()
+    loss, info, gradient = once(refl, ToyModel(), n, earliest=0.75, hinge=0.5, drift=drift)
     assert loss.item() == pytest.approx(total.item(), rel=1e-10)
     assert torch.allclose(gradient, slope(model, total), rtol=1e-9, atol=1e-13)
     assert torch.allclose(info.columns["reward"], rewards.detach())
     assert info.calls["forward"] == 2 * 4 * (stop + 1)  # the rest of the chain is not run
+    assert info.calls["backward"] == 2 * 4, "the base model is asked without a gradient, which would reach nothing"
 
 
 def test_refl_draws_its_step_evenly():
@@ -152,6 +166,31 @@ def test_drtune_in_closed_form(n):
     assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-13)
     assert info.scalars["active_steps"] == 3
     assert info.calls["forward"] == 2 * 4 * (stop + 1)
+
+
+@pytest.mark.parametrize("stop_share", [0.0, 0.4])
+def test_drtune_with_drift_by_hand(stop_share):
+    """One graph: outputs at detached inputs, joined by the linear path; a mean over active steps of the distance to the base, which sees
+    x_t itself.
+    """
+    model, n, drift = ToyModel(), 2, 0.7
+    rng = generator(SEED, Stream.TIMESTEP, n)
+    late = int(rng.integers(0, 4)) if stop_share else 0
+    active = spaced(N - late, 3, rng)
+    b, _, cond, times, x = begun(model, n)
+    extra = 0
+    for i, (t, s) in enumerate(pairwise(times[: N - late + 1])):
+        out = model.predict(x.detach(), t, cond, W)
+        if active[i]:
+            extra = extra + away(model, x, out, t, cond, drift / 3)
+        ends = stop_share and i == N - late - 1
+        out = out if active[i] else out.detach()
+        x = model.x0(x, out, t) if ends else advance(model, x, out, t, s)
+    total = (extra - smooth_reward(model.decode(x), b)).sum()
+    loss, info, gradient = once(drtune, ToyModel(), n, train_steps=3, stop_share=stop_share, drift=drift)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-10)
+    assert torch.allclose(gradient, slope(model, total), rtol=1e-9, atol=1e-13)
+    assert info.scalars["drift_penalty"] == pytest.approx(extra.mean().item(), rel=1e-9) and extra.mean() > 0
 
 
 def test_drtune_to_the_end_is_alignprop_with_detached_inputs():

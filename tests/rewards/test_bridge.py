@@ -9,6 +9,7 @@ from tropism.core import Batch, UserError, scored
 from tropism.rewards.load import load_reward
 
 MODULE = """
+import functools
 import torch
 
 class Network(torch.nn.Module):
@@ -35,6 +36,21 @@ class Costly:
 
 class Scorers:
     inner = Network()
+
+class Deep:
+    def __init__(self):
+        self.members = [Network(), {"one": (Network(),)}]
+        self.inner = Inner(Network())
+        self.call = functools.partial(Network().score)
+        self.self = self
+    def score(self, pixels, prompts):
+        return sum(n.score(pixels, prompts) for n in self.all())
+    def all(self):
+        return [self.members[0], self.members[1]["one"][0], self.inner.network, self.call.func.__self__]
+
+class Inner:
+    def __init__(self, network):
+        self.network = network
 
 def make():
     return Network()
@@ -74,13 +90,22 @@ def test_its_networks_are_frozen(package):
     assert not network.training and not network.weight.requires_grad
 
 
+def test_networks_in_lists_and_other_objects_are_frozen_too(package):
+    load_reward(f"{package}:make")
+    deep = sys.modules["their_scorers"].Deep()
+    assert [n.training for n in deep.all()] == [True] * 4
+    sys.modules["their_scorers"].deep = deep
+    load_reward(f"{package}:deep")
+    assert not any(n.training or n.weight.requires_grad for n in deep.all())
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("bridge:surely_not_installed:Scorer", "pip install surely_not_installed"),
         ("bridge:their_half:Scorer", "pip install surely_not_installed"),
         ("bridge:their_broken:Scorer", "failed with ZeroDivisionError"),
-        ("bridge:their_scorers:Netwrk", "has no 'Netwrk'. It has: torch, Network"),
+        ("bridge:their_scorers:Netwrk", "has no 'Netwrk'. It has: functools, torch, Network"),
         ("bridge:their_scorers:number", "has no method score"),
         ("bridge:their_scorers:Costly", r"without arguments failed with TypeError.*FILE.py:FUNCTION"),
         ("bridge:their_scorers", "not of the form bridge:MODULE:ATTRIBUTE"),

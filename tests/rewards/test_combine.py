@@ -163,6 +163,23 @@ def test_a_sum_inside_a_product_stays_a_sum(images):
     torch.testing.assert_close(reward(x, BATCH), (a + 2 * b) * a + b)
 
 
+@pytest.mark.parametrize("named", ["aa", ["a", "c"]])
+def test_a_prompt_that_is_meant_for_no_reward_is_an_error(images, named):
+    """In Python too, where nothing looked before: such a sample scored 0."""
+    batch = Batch(["1", "2"], meta=[{}, {"reward": named}])
+    with pytest.raises(UserError, match=r"'2' is meant for the reward '(aa|c)', but the rewards are a, b"):
+        weighted([(A, 1), (B_, 1)])(images[:2], batch)
+
+
+def test_names_are_those_of_the_outer_sum(images):
+    x, inner = images[:2], product([(weighted([(A, 1), (B_, 2)]), 1), (A, 1)])
+    batch = Batch(["1", "2"], meta=[{"reward": inner.name}, {"reward": "b"}])
+    a, b = A(x, BATCH), B_(x, BATCH)
+    torch.testing.assert_close(
+        weighted([(inner, 1), (B_, 3)])(x, batch), torch.stack([(a[0] + 2 * b[0]) * a[0], 3 * b[1]])
+    )
+
+
 def test_scales_of_a_sum(images):
     x = images[:2]
     reward = replace(weighted([(A, 2), (B_, 1)]), scales={"a": (0.3, 0.1)})

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import reward_stub
 import torch
 
 from tropism.core import Batch, UserError, scored
+from tropism.rewards import remote as remotes
 from tropism.rewards.connection import TIMEOUT, own_timeout, place_of
 from tropism.rewards.load import load_reward, load_rewards, split
 from tropism.rewards.protocol import TOKEN
@@ -63,6 +65,43 @@ def test_a_few_samples_a_request(server):
     images = pictures(7)
     torch.testing.assert_close(remote(server, at_once=3, parallel=2)(images, batch(7)), red(images))
     assert sorted(len(r["samples"]) for r in server.requests) == [1, 3, 3]
+
+
+@pytest.mark.parametrize(("told", "most"), [({}, 1), ({"parallel": 1}, 1), ({"parallel": 3}, 3)])
+def test_no_request_waits_for_others_in_the_server(server, told, most):
+    """Its clock would run: four at a time would make a limit of 120 s one of 30."""
+    lock, now, seen = threading.Lock(), [], []
+
+    def respond(n, ids, scores):
+        with lock:
+            now.append(n)
+            seen.append(len(now))
+        time.sleep(0.03)
+        with lock:
+            now.remove(n)
+        return reward_stub.honest(n, ids, scores)
+
+    server.health, server.respond = server.health | told, respond
+    torch.testing.assert_close(remote(server, at_once=1)(pictures(6), batch(6)), red(pictures(6)))
+    assert max(seen) == most
+
+
+def test_large_pictures_go_a_few_at_a_time(server, monkeypatch):
+    monkeypatch.setattr(remotes, "MOST_TOGETHER", 2 * 8 * 8 + 5)
+    torch.testing.assert_close(remote(server)(pictures(5), batch(5)), red(pictures(5)))
+    assert [len(r["samples"]) for r in server.requests] == [2, 2, 1]
+
+
+def test_the_newest_scores_are_remembered(server, monkeypatch):
+    monkeypatch.setattr(remotes, "REMEMBERED", 3)
+    reward, images = remote(server), pictures(4)
+    reward(images, batch(4))
+    reward(images[1:], batch(4)[[1, 2, 3]])
+    assert len(server.requests) == 1, "the three newest are known"
+    torch.testing.assert_close(reward(images[:1], batch(4)[[0]]), red(images[:1]))
+    assert len(server.requests) == 2, "the oldest is asked for again"
+    reward(images[1:2], batch(4)[[1]])
+    assert len(server.requests) == 3, "and has taken the place of the next"
 
 
 def test_equal_samples_are_asked_for_once(server):
@@ -147,10 +186,20 @@ def failing(times, how):
 
 
 HALF = lambda handler: handler.send(200, b'{"version": 1, "scores": [', length=1000)
+
+
+def HALF_UNTOLD(handler):
+    """Without a length only the text shows that it is half."""
+    handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n{"version": 1, "scores": [')
+    handler.close_connection = True
+
+
 CLOSED = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("how", [(500, {"error": "busy"}), (503, {}), (429, {}), (500, b"<html>"), HALF, CLOSED])
+@pytest.mark.parametrize(
+    "how", [(500, {"error": "busy"}), (503, {}), (429, {}), (500, b"<html>"), HALF, HALF_UNTOLD, CLOSED]
+)
 def test_failures_that_pass_are_tried_again(server, how):
     server.respond = failing(2, how)
     torch.testing.assert_close(remote(server)(pictures(), batch()), red(pictures()))
@@ -162,6 +211,7 @@ def test_failures_that_pass_are_tried_again(server, how):
     [
         ((500, {"error": "out of\nmemory"}), r"failed 3 times: status 500: out of memory\."),
         (HALF, r"failed 3 times: it sent 26 of 1000 bytes"),
+        (HALF_UNTOLD, r"failed 3 times: an answer that did not tell its length is not JSON"),
         (CLOSED, r"failed 3 times"),
     ],
 )
@@ -240,6 +290,10 @@ def test_nobody_there():
         ({"name": "red", "hash": "a"}, "protocol version 'None'"),
         ({"version": 1, "hash": "a"}, "without a name"),
         ({"version": 1, "name": "red"}, "without a hash"),
+        *(
+            ({"version": 1, "name": "red", "hash": "a", "parallel": n}, "whole number above 0")
+            for n in (0, "2", True, 1.5)
+        ),
         ({"version": 1, "name": "r\x1b[2Jed", "hash": "a"}, "without a name"),
         ({"version": 1, "name": "r" * 201, "hash": "a"}, "without a name"),
         (b"hello", "not JSON"),

@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from tropism import cli, commands
 from tropism.core import Batch, UserError, scored
 from tropism.rewards import protocol
-from tropism.rewards.load import load_reward
+from tropism.rewards.load import load_reward, load_rewards
 from tropism.rewards.named import Named
 from tropism.rewards.protocol import TOKEN, Refused, as_png, of_png
 from tropism.rewards.remote import Remote
@@ -172,6 +173,46 @@ def test_only_png_of_bounded_size(red, monkeypatch):
     monkeypatch.setattr(protocol, "MOST_PIXELS", 3)
     with pytest.raises(Refused, match="2 x 2 pixels; the limit is 3"):
         of_png(PNG)
+
+
+def test_the_pictures_of_a_request_are_bounded_together(red, monkeypatch):
+    """A black picture of 4096 x 4096 is 64 KiB and 200 MB unpacked; a request may hold 256."""
+    monkeypatch.setattr(protocol, "MOST_TOGETHER", 2 * 4)
+    samples = [{**SAMPLE, "id": str(i)} for i in range(3)]
+    assert post(red, request(*samples[:2]))[0] == 200
+    status, answer = post(red, request(*samples))
+    assert status == 400 and "more than 8 pixels in all; send fewer" in answer["error"]
+    unpacked = []
+    monkeypatch.setattr(Image.Image, "convert", lambda image, mode: unpacked.append(image))
+    with pytest.raises(Refused, match="in all"):
+        of_png(PNG, left=3)
+    assert unpacked == []
+
+
+def test_one_request_is_scored_at_a_time():
+    """Rewards are not made to be called from two threads at once; the server says so."""
+    lock, now, seen = threading.Lock(), [], []
+
+    def one(images, batch):
+        with lock:
+            now.append(1)
+            seen.append(len(now))
+        time.sleep(0.03)
+        with lock:
+            now.pop()
+        return images.mean((1, 2, 3))
+
+    with served(one) as server:
+        assert Remote(server.url).parallel == 1
+        Remote(server.url, at_once=1, parallel=4)(eight_bits(4), Batch(["a"] * 4))
+    assert seen == [1] * 4
+
+
+def test_prompts_that_name_a_reward_name_one_of_the_client(red):
+    """A sum behind a server is one reward to its client."""
+    with served(load_rewards(["jpeg", "incompressibility=0.5"])) as server:
+        found = Remote(server.url)(eight_bits(1), Batch(["a"], meta=[{"reward": "remote:both"}]))
+    assert found.item() != 0
 
 
 def test_pictures_of_different_sizes(red):

@@ -53,6 +53,17 @@ def test_resumed_run_is_bit_equal(tmp_path):
     assert first.state["count"] == second.state["count"] == 6
 
 
+def test_a_step_is_told_how_much_of_updates_or_budget_is_done(tmp_path):
+    weights, told = trainee.parameters(), []
+    step = trainee.quadratic(weights)  # 8 rows an update
+    step.pace = told.append
+    run(tmp_path / "run", step, weights, 16, budget={"forwards": 32})
+    with quiet(tmp_path / "run", resume=True) as recorder:
+        how = {"out": tmp_path / "run", "recorder": recorder, "resume": True, "budget": {"forwards": 800}}
+        fit(step, weights, trainee.batches, updates=8, **how)
+    assert told == [0, 0.25, 0.5, 0.75, 0.5, 0.625, 0.75, 0.875]
+
+
 def test_twenty_kills_leave_the_same_bits(tmp_path):
     command = [sys.executable, trainee.__file__, "fuzz", str(tmp_path), "20"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)

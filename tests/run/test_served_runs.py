@@ -77,6 +77,9 @@ def test_a_server_that_goes_away_ends_the_run_whole(server, align, tmp_path, cap
     assert [line["update"] for line in lines] == [0, 1, 2, 3, 4]
     files = [f for f in (tmp_path / "run").rglob("*") if f.is_file()]
     assert {"config.yaml", "env.json", "report.html", "README.md"} <= {f.name for f in files}
+    server.health["hash"] = "another"
+    with pytest.raises(UserError, match="begun with another reward"):
+        align(updates=5, resume=True)
     printed = "".join(capfd.readouterr())
     for secret in SECRETS.values():
         assert not [f for f in files if secret.encode() in f.read_bytes()]

@@ -25,12 +25,13 @@ LEAST = 1e-8
 Step = Generator[tuple[Tensor, Info], None, dict]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scaled:
     """An algorithm around which a sum of rewards is normalised and its weights go from the first to the last update.
 
     function: (reward) -> the algorithm's step, see `run.fit.Step`. reward: a sum with `terms` and `scales`.
-    kind: "none", "base" or "running". ramps: name of a term -> its weight at the last update; linear from its own.
+    kind: "none", "base" or "running". ramps: name of a term -> its weight at the run's end, the last update or where its budget is spent,
+    whichever comes first; linear from its own. done: the share of the run that lies behind, as `pace` was told it.
     Raises UserError for an unknown kind, a ramp of no term, or scales for a reward that is not a sum.
     """
 
@@ -42,6 +43,7 @@ class Scaled:
     guidance: float
     kind: str = "none"
     ramps: Mapping[str, float] = field(default_factory=dict)
+    done: float = field(default=0.0, init=False)
 
     def __post_init__(self):
         names = getattr(self.reward, "names", [])
@@ -85,6 +87,10 @@ class Scaled:
             yield loss, info
         return {"scales": following, "own": own}
 
+    def pace(self, done: float) -> None:
+        """Before every update: the share of the run, of its updates or its budget, that is done."""
+        self.done = done
+
     def _as_given(self, columns: dict[str, Tensor], update: int) -> dict[str, Tensor]:
         """The columns with "reward" in the user's own units, as evaluations have it, and "reward_normalised" beside it."""
         now = self._at(update, {})
@@ -97,7 +103,7 @@ class Scaled:
 
     def _at(self, update: int, scales: Mapping[str, list[float]]) -> Any:
         """The reward of an update: its scales, and its weights on their way."""
-        done = update / max(1, self.updates - 1)
+        done = max(update / max(1, self.updates - 1), self.done)
         named = zip(self.reward.names, self.reward.terms, strict=True)
         now = tuple((r, w + done * (self.ramps.get(n, w) - w)) for n, (r, w) in named)
         return replace(self.reward, terms=now, scales={n: (m, s) for n, (m, s) in scales.items()})

@@ -43,6 +43,7 @@ def refl(
     lowest = min(max(chain.first, int(earliest * steps)), steps - 1)
     stop = int(generator(seed, Stream.TIMESTEP, update).integers(lowest, steps))
     active = tuple(i == stop for i in range(steps))
-    chain = replace(chain, active=active, stop=stop, step_loss=drift_penalty(model, guidance, drift, 1, detach=False))
+    penalty = drift_penalty(model, guidance, drift, 1, detach=True)  # no step before this one has a gradient to hear of
+    chain = replace(chain, active=active, stop=stop, step_loss=penalty)
     yield step_of(chain, climb(chain, x_T, loss, micro_batch))
     return state

@@ -24,6 +24,7 @@ from tropism.guide.values import exact, posterior_mean
 from tropism.models.load import load_model
 from tropism.plugin import load_object
 from tropism.prompts.batches import Prompt, listed, train_and_held_out
+from tropism.rewards.identity import fingerprint
 from tropism.rewards.load import check_prompts, require_gradient
 from tropism.rewards.workers import InWorkers, ended
 from tropism.run import guided_report, request
@@ -137,7 +138,7 @@ def guide(
     _check_mode(value, loaded, scored)
     hyper = {n: (options or {}).get(n, _default(n, p, loaded)) for n, p in own.items()}
     _check(method, hyper, loaded, asked)
-    same = request.identity(model, reward)
+    same = request.identity(model, reward, scored)
     plan = _planned(loaded, scored, function, asked, hyper, settings, same)
     if dry_run:
         return _say_ready(plan)
@@ -179,7 +180,7 @@ def _planned(
         "prompts": spelled(asked),
         "value, its roll-outs or its loss": f"{value}, {settings['roll_outs']}, {loss}"
         if value == "learned"
-        else value + request.fingerprint(value),
+        else value + fingerprint(value),
         "eta, pool and fixed places": f"{settings['eta']:g}, {settings['pool']}, {fixed}",
         "size, precision or scheduler": str(
             [settings[n] for n in ("height", "width", "quantize", "t5", "scheduler", "dtype")]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from tropism.core import name_of
+from tropism.rewards.identity import identity_of
 from tropism.rewards.load import load_rewards
 from tropism.rewards.protocol import TOKEN
 from tropism.rewards.serving import Server, serving
 from tropism.run.checks import set_up
-from tropism.run.request import identity_of
 
 
 def serve(
@@ -31,7 +31,8 @@ def serve(
     """
     texts, place = [reward] if isinstance(reward, str) else list(reward), str(set_up(device, "float32", threads)[0])
     say = Console(soft_wrap=True, highlight=False, markup=False).print
-    with serving(load_rewards(texts), identity=identity_of(texts), host=host, port=port, device=place) as server:
+    loaded = load_rewards(texts)
+    with serving(loaded, identity=identity_of(texts, loaded), host=host, port=port, device=place) as server:
         if not _is_own(host) and server.token is None:
             say(
                 f"Anyone who can reach {host} can use this reward: set {TOKEN} here and where the run is, and put TLS in front."

@@ -129,7 +129,7 @@ def align(
     pictures: for an upscaler, a folder of originals instead of prompts; low_res: what it is given, by the same names, else made of
     the originals by `degrade` (realesrgan, bsrgan-lite, bicubic). crop: side of the part of an original that is used, 0 for all.
     normalise: none, base or running: every reward of a sum in units of its spread over samples of the base model ("running":
-    followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update.
+    followed from there). ramp: "NAME=WEIGHT", what a reward's weight goes to, linearly, until the last update or the budget's end.
     options: the method's own hyperparameters by name (see its function). batch: samples an update, over all processes.
     per_prompt: pictures of one prompt in a batch, which is a multiple of it (advantages within a group need several).
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
@@ -158,7 +158,7 @@ def align(
     with recording as recorder, ended(asked.reward):
         for text in remarks:
             recorder.say(text)
-        judge = judge_of(asked, Path(out), request.identity(model, reward))
+        judge = judge_of(asked, Path(out), request.identity(model, reward, asked.reward))
         if resume:
             judge.check_begun()
         of_run = (asked.model, str(model), asked.reward, asked.train, seed, command, config, recorder, judge)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tropism.core import Batch, UserError
 from tropism.rewards.clip import Clip, load_clip
 from tropism.rewards.frozen import Frozen
-from tropism.rewards.sources import NOT_CONFIRMED, About, read_weights
+from tropism.rewards.sources import NOT_CONFIRMED, OWN, About, read_weights
 from tropism.worlds import weights
 
 LAION_CLIP = "openai/clip-vit-large-patch14"
@@ -107,4 +107,5 @@ def shapes_aesthetic() -> Aesthetic:
     hidden, width = state["hidden.weight"].shape
     head = Head(width, hidden)
     head.load_state_dict(state)
-    return Aesthetic(load_clip(str(weights.path("shapes/clip"))), head, "shapes-aesthetic")
+    clip = load_clip(str(weights.path("shapes/clip")))
+    return Aesthetic(clip, head, "shapes-aesthetic", About((float("-inf"), float("inf")), clip.size, OWN, "bundled"))

@@ -7,7 +7,9 @@ The package is imported because its user named it: name only those you trust.
 from __future__ import annotations
 
 import importlib
-from functools import reduce
+from collections.abc import Iterator, Mapping
+from functools import partial, reduce
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,14 +34,32 @@ def bridge(place: str) -> Reward:
         raise UserError(
             f"{place} has no method score(pixels, prompts). Write a reward function around it: FILE.py:FUNCTION."
         )
-    for network in [scorer, *getattr(scorer, "__dict__", {}).values()]:
-        if isinstance(network, nn.Module):
-            network.eval().requires_grad_(False)
+    for network in networks(scorer):
+        network.eval().requires_grad_(False)
 
     def reward(samples: Tensor, batch: Batch) -> Any:
         return scorer.score(samples, list(batch.prompts))
 
     return Named(str(getattr(scorer, "name", None) or attribute), is_differentiable(scorer), reward)
+
+
+def networks(scorer: Any) -> Iterator[nn.Module]:
+    """Every network that an object holds: itself, or in its attributes, however deep in lists, dictionaries and other objects."""
+    seen, left = dict[int, Any](), [scorer]
+    while left:
+        held = left.pop()
+        if id(held) in seen or isinstance(held, type | ModuleType | Tensor):
+            continue
+        seen[id(held)] = held  # kept, so that no other object takes its id
+        if isinstance(held, nn.Module):
+            yield held
+        if isinstance(held, Mapping):
+            left += held.values()
+        elif isinstance(held, list | tuple | set | frozenset):
+            left += held
+        elif isinstance(held, partial):
+            left += [held.func, *held.args, *held.keywords.values()]
+        left += [getattr(held, "__self__", None), *getattr(held, "__dict__", {}).values()]
 
 
 def _imported(module: str) -> Any:

@@ -6,6 +6,7 @@ Source: CLIPScore, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from tropism.core import Batch, UserError
 from tropism.rewards.frozen import Frozen, at_least_float32
 from tropism.rewards.pixels import MEAN, STD, Preparation, published
-from tropism.rewards.sources import About, configuration, pretrained, tokenizer_of
+from tropism.rewards.sources import OWN, About, configuration, pretrained, tokenizer_of
 from tropism.worlds import shapes, weights
 
 
@@ -180,4 +181,6 @@ def shapes_alignment() -> ClipScore:
 
     Its measure is worlds.shapes.accuracy, "all". Raises UserError for a prompt of another world.
     """
-    return ClipScore(load_clip(str(weights.path("shapes/clip"))), "shapes-alignment", _neighbours, 20.0)
+    clip = load_clip(str(weights.path("shapes/clip")))
+    about = About((-math.inf, 0.0), clip.size, OWN, "bundled")
+    return ClipScore(clip, "shapes-alignment", _neighbours, 20.0, about)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -148,8 +148,9 @@ class Combination:
         found: dict[str, Tensor] = {}
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             for (reward, _), meant in zip(self.terms, self._meant(batch), strict=True):
+                inside = unrouted(reward, batch) if self.join is _sum else batch
                 found |= (
-                    _everywhere(reward, samples, batch) if all(meant) else _somewhere(reward, samples, batch, meant)
+                    _everywhere(reward, samples, inside) if all(meant) else _somewhere(reward, samples, inside, meant)
                 )
         return found
 
@@ -166,9 +167,13 @@ class Combination:
         return self.total(self.parts(samples, batch), batch)
 
     def _meant(self, batch: Batch) -> list[list[bool]]:
-        """For each term, which rows it is meant for: those whose metadata "reward" names it, or names nothing."""
+        """For each term, which rows it is meant for: those whose metadata "reward" names it, or names nothing.
+
+        Raises UserError for the name of no term: all would be silent.
+        """
         if self.join is not _sum or batch.meta is None:
             return [[True] * len(batch)] * len(self.terms)
+        check_routes(self, batch.prompts, batch.meta)
         asked = [routed(meta) for meta in batch.meta]
         return [[not names or name in names for names in asked] for name in self.names]
 
@@ -177,6 +182,25 @@ def routed(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the rewards that a prompt's metadata asks for: one, a list, or () for all."""
     named = meta.get("reward", ())
     return (named,) if isinstance(named, str) else tuple(named)
+
+
+def check_routes(reward: Reward, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError for a prompt that is meant for a reward there is not."""
+    names = reward.names if isinstance(reward, Combination) and reward.join is _sum else [name_of(reward)]
+    for prompt, told in zip(prompts, meta, strict=True):
+        for name in routed(told):
+            if name not in names:
+                raise UserError(
+                    f"The prompt {prompt[:60]!r} is meant for the reward '{name}', but the rewards are {', '.join(names)}. "
+                    "Name one of these in its `reward`, or add it with --reward."
+                )
+
+
+def unrouted(reward: Reward, batch: Batch) -> Batch:
+    """The batch as a reward sees it that is a term elsewhere: prompts name the terms there, and not what is inside of one."""
+    if batch.meta is None or not isinstance(reward, Combination):
+        return batch
+    return replace(batch, meta=[{k: v for k, v in meta.items() if k != "reward"} for meta in batch.meta])
 
 
 def _everywhere(reward: Reward, samples: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ is our own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from tropism.core import Batch, UserError
 from tropism.rewards.frozen import Frozen, at_least_float32
+from tropism.rewards.sources import OWN, About
 from tropism.worlds import shapes, weights
 
 STRIDE = 2
@@ -83,7 +86,7 @@ class Count:
     Raises UserError for a prompt of another world.
     """
 
-    name, differentiable = "shapes-count", True
+    name, differentiable, about = "shapes-count", True, About((-math.inf, 0.0), 64, OWN, "bundled")
 
     def __init__(self, counter: Counter):
         self.frozen = Frozen(counter)

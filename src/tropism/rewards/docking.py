@@ -7,6 +7,7 @@ in kcal/mol; the reward is its negative. Use --workers and --timeout: a dock tak
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from tropism.core import Batch, UserError
+from tropism.rewards.sources import About
 from tropism.worlds import molecules
 
 _KNOWN = (
@@ -41,6 +43,7 @@ class Docking:
     """
 
     differentiable, name = False, "dock"
+    about = About((-math.inf, math.inf), None, "that of the program given", "the command")
 
     def __init__(self, command: str):
         molecules.installed()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tropism.core import Batch, UserError
 from tropism.rewards.named import Named
+from tropism.rewards.sources import OWN, About
 
 QUALITY = 95
 _LUMA = (
@@ -234,14 +235,16 @@ def _fewer_bytes(samples: Tensor, batch: Batch) -> Tensor:
 
 def compressibility() -> Named:
     """The reward `jpeg`: minus the estimated kilobytes at quality 95. Differentiable."""
-    return Named("jpeg", True, _compressible)
+    return Named("jpeg", True, _compressible, About((-math.inf, 0.0), None, OWN, "ITU-T T.81"))
 
 
 def incompressibility() -> Named:
     """The reward `incompressibility`: plus the estimated kilobytes at quality 95. Differentiable."""
-    return Named("incompressibility", True, _incompressible)
+    return Named("incompressibility", True, _incompressible, About((0.0, math.inf), None, OWN, "ITU-T T.81"))
 
 
 def black_box() -> Named:
     """The reward `jpeg-bytes`: minus the true kilobytes of Pillow's file at quality 95. Not differentiable."""
-    return Named("jpeg-bytes", False, _fewer_bytes)
+    return Named(
+        "jpeg-bytes", False, _fewer_bytes, About((-math.inf, 0.0), None, "Pillow's: MIT-CMU", "Pillow's JPEG files")
+    )

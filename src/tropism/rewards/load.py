@@ -27,7 +27,7 @@ from tropism.rewards import (
     vqa,
 )
 from tropism.rewards.bridge import bridge
-from tropism.rewards.combine import routed, weighted
+from tropism.rewards.combine import check_routes, routed, weighted
 from tropism.rewards.named import Named
 from tropism.rewards.old_form import old_form
 from tropism.rewards.remote import Remote
@@ -64,7 +64,7 @@ _FORMS = (
     "clip:SOURCE (a folder or hub id), hps:v2, hps:v2.1, dock:COMMAND, http://HOST:PORT, old:file.py:function, "
     "bridge:MODULE:ATTRIBUTE, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
 )
-_URL = ("http://", "https://")
+URL = ("http://", "https://")
 _WITHOUT_GRADIENT = "align ddpo --eta 1, guide svdd, guide smc or guide best-of-n"
 
 
@@ -88,7 +88,7 @@ def split(text: str) -> tuple[str, float]:
     if spelled.is_spelled(text) or text.startswith("dock:"):  # a command has "=" of its own
         return text, 1.0
     name, equals, weight = text.rpartition("=")
-    if text.startswith(_URL) and name.rpartition("?")[2].rpartition("&")[2].count("=") < ("?" in name):
+    if text.startswith(URL) and name.rpartition("?")[2].rpartition("&")[2].count("=") < ("?" in name):
         return text, 1.0  # the "=" of KEY=VALUE in a query
     if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
         return text, 1.0
@@ -113,7 +113,7 @@ def _named(name: str) -> Reward:
         return _of_catalogue(kind, source if colon else None)
     if name.startswith("dock:"):
         return docking.Docking(name.removeprefix("dock:"))
-    if name.startswith(_URL):
+    if name.startswith(URL):
         return Remote(name)
     if name.startswith("bridge:"):
         return bridge(name.removeprefix("bridge:"))
@@ -164,8 +164,10 @@ def _check_arguments(place: str, function: Reward) -> None:
 
 def check_prompts(reward: Reward, prompts: list[str], meta: list[dict] | None = None) -> None:
     """Raises UserError if a part of this reward, by its own `check_prompts` or, of what goes with them, `check_meta`, cannot score one
-    of the prompts.
+    of the prompts, or one is meant for a reward there is not.
     """
+    if meta is not None:
+        check_routes(reward, prompts, meta)
     parts: Any = getattr(reward, "terms", ((reward, 1.0),))
     for part, _ in parts:
         getattr(part, "check_prompts", lambda _: None)(prompts)

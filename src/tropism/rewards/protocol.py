@@ -2,7 +2,8 @@
 
 POST /score  {"version": 1, "reward": name, "samples": [{"id", "prompt", "meta", "png": base64 or "tokens": [ints]}]}
          ->  {"version": 1, "hash", "scores": [{"id", "score": number, or null where a sample cannot be scored}]}
-GET /health  -> {"version": 1, "name", "hash"}. An answer of status 400 or above is {"error": text}.
+GET /health  -> {"version": 1, "name", "hash", "parallel": requests that are scored at a time, 1 if absent}
+An answer of status 400 or above is {"error": text}.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MOST_BYTES = 64 * 2**20
 """Of one request."""
 MOST_PIXELS = 4096 * 4096
 """Of one picture."""
+MOST_TOGETHER = 2 * MOST_PIXELS
+"""Pixels of all pictures of one request: black ones are some bytes each and would fill any memory once they are unpacked."""
 
 
 class Refused(ValueError):
@@ -82,12 +85,17 @@ def as_png(picture: Tensor) -> bytes:
     return file.getvalue()
 
 
-def of_png(text: Any) -> Tensor:
-    """The picture (3, H, W) in [0, 1], float32, of a PNG in base64. Raises Refused."""
+def of_png(text: Any, left: int | None = None) -> Tensor:
+    """The picture (3, H, W) in [0, 1], float32, of a PNG in base64. left: pixels that its request may still hold.
+
+    Raises Refused, for a picture that is too large before it is unpacked.
+    """
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Refused(f"a picture of {image.width} x {image.height} pixels; the limit is {MOST_PIXELS}")
+            if left is not None and image.width * image.height > left:
+                raise Refused(f"of more than {MOST_TOGETHER} pixels in all; send fewer pictures at a time")
             pixels = np.array(image.convert("RGB"))
     except Refused:
         raise

@@ -19,17 +19,20 @@ from torch import Tensor
 
 from tropism.core import Batch, UserError
 from tropism.rewards.connection import MOST_ANSWER, Connection
-from tropism.rewards.protocol import MOST_BYTES, VERSION, Refused, as_png
+from tropism.rewards.protocol import MOST_BYTES, MOST_TOGETHER, VERSION, Refused, as_png
 
 REMEMBERED = 100_000
 """Scores that are kept, the newest."""
+MOST_PARALLEL = 64
+"""Requests at a time, whatever a server says."""
 
 
 class Remote:
     """The reward of a server. It has no gradient; `name` is "remote:" and the server's own name for it.
 
     timeout: seconds a request may take in all. retries: further attempts after a failure that may pass, with pauses of `pause` seconds,
-    doubled each time, give or take a half. at_once: samples of a request; parallel: requests at a time.
+    doubled each time, give or take a half. at_once: samples of a request, fewer where they are large. parallel: requests at a time, by
+    default as many as the server says that it scores at a time, else one: a request that waits in the server uses up its own time.
     A sample that the server cannot score is NaN, as is a picture with a pixel that is not finite, which is not sent.
     Raises UserError for every failure, here already for a server that is not there or of another protocol.
     """
@@ -44,13 +47,14 @@ class Remote:
         retries: int = 3,
         pause: float = 0.5,
         at_once: int = 16,
-        parallel: int = 4,
+        parallel: int | None = None,
         most: int = MOST_ANSWER,
     ):
         self.connection = Connection(url, timeout=timeout, retries=retries, pause=pause, most=most)
-        self.at_once, self.parallel, self._known = at_once, parallel, OrderedDict[bytes, float]()
-        self.server, self.hash = self._greeted()
-        self.name = f"remote:{self.server}"
+        self.at_once, self._known = at_once, OrderedDict[bytes, float]()
+        self.server, self.hash, told = self._greeted()
+        self.parallel = parallel or told
+        self.name, self.served = f"remote:{self.server}", (self.hash,)
 
     @torch.no_grad()
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:
@@ -72,7 +76,8 @@ class Remote:
             if key not in self._known and key not in asked:
                 what = {"tokens": content} if isinstance(content, list) else {"png": base64.b64encode(content).decode()}
                 asked[key] = {"prompt": batch.prompts[i], "meta": meta, **what}
-        found = self._asked(asked)
+        pixels = 1 if tokens else samples[0, 0].numel()
+        found = self._asked(asked, min(self.at_once, max(1, MOST_TOGETHER // pixels)))
         scores = [math.nan if k is None else found[k] if k in found else self._known[k] for k in keys]
         self._remember(found)
         return torch.tensor(scores, dtype=torch.float64)
@@ -95,26 +100,14 @@ class Remote:
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
 
-    def _asked(self, samples: dict[bytes, dict[str, Any]]) -> dict[bytes, float]:
+    def _asked(self, samples: dict[bytes, dict[str, Any]], at_once: int) -> dict[bytes, float]:
         """{key: score} of samples by key, in requests that are neither too many samples nor too many bytes."""
-        pieces = list(self._pieces(samples))
+        pieces = list(_pieces(samples, at_once))
         if len(pieces) < 2:
             return self._scored(pieces[0], samples) if pieces else {}
         with ThreadPoolExecutor(min(self.parallel, len(pieces))) as pool:
             answers = list(pool.map(lambda piece: self._scored(piece, samples), pieces))
         return {key: score for answer in answers for key, score in answer.items()}
-
-    def _pieces(self, samples: dict[bytes, dict[str, Any]]) -> Iterator[list[bytes]]:
-        piece, size = [], 0
-        for key, sample in samples.items():
-            more = len(json.dumps(sample)) + 64
-            if piece and (len(piece) == self.at_once or size + more > MOST_BYTES // 2):
-                yield piece
-                piece, size = [], 0
-            piece.append(key)
-            size += more
-        if piece:
-            yield piece
 
     def _scored(self, keys: list[bytes], samples: dict[bytes, dict[str, Any]]) -> dict[bytes, float]:
         """{key: score} from one request; NaN for null."""
@@ -131,14 +124,30 @@ class Remote:
         except Refused as error:
             raise self.connection.wrong(error) from error
 
-    def _greeted(self) -> tuple[str, str]:
-        """(name, hash) of the server, asked once: what is wrong is better said now than after pauses."""
+    def _greeted(self) -> tuple[str, str, int]:
+        """(name, hash, requests at a time) of the server, asked once: what is wrong is better said now than after pauses."""
         answer = self.connection.ask("GET", "/health", retries=0)
         found = [answer.get("name"), answer.get("hash")]
         for what, text in zip(("name", "hash"), found, strict=True):
             if not (isinstance(text, str) and 0 < len(text) <= 200 and self.connection.clean(text) == text):
                 raise self.connection.wrong(Refused(f"without a {what} (a text of at most 200 letters) in /health"))
-        return str(found[0]), str(found[1])
+        parallel = answer.get("parallel", 1)
+        if type(parallel) is not int or parallel < 1:
+            raise self.connection.wrong(Refused("with a `parallel` in /health that is no whole number above 0"))
+        return str(found[0]), str(found[1]), min(parallel, MOST_PARALLEL)
+
+
+def _pieces(samples: dict[bytes, dict[str, Any]], at_once: int) -> Iterator[list[bytes]]:
+    piece, size = [], 0
+    for key, sample in samples.items():
+        more = len(json.dumps(sample)) + 64
+        if piece and (len(piece) == at_once or size + more > MOST_BYTES // 2):
+            yield piece
+            piece, size = [], 0
+        piece.append(key)
+        size += more
+    if piece:
+        yield piece
 
 
 def scores_of(answer: dict[str, Any], ids: list[str]) -> list[float]:

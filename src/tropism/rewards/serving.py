@@ -18,6 +18,8 @@ import torch
 
 from tropism import __version__
 from tropism.core import Batch, Reward, RewardFailed, UserError, name_of, scored
+from tropism.rewards import protocol
+from tropism.rewards.combine import unrouted
 from tropism.rewards.protocol import (
     MOST_BYTES,
     MOST_SAMPLES,
@@ -32,6 +34,8 @@ from tropism.rewards.protocol import (
 
 PATIENCE = 60.0
 """Seconds a client may be silent in the middle of a request."""
+PARALLEL = 1
+"""Requests that are scored at a time; the others wait, and their clients' clocks run."""
 
 
 class Server(ThreadingHTTPServer):
@@ -95,7 +99,10 @@ def _samples(rows: list[dict[str, Any]]) -> torch.Tensor:
             raise Refused("with tokens that are no list of whole numbers of at least 0")
         samples = [torch.tensor(t) for t in tokens]
     else:
-        samples = [of_png(r.get("png")) for r in rows]
+        samples, left = [], protocol.MOST_TOGETHER
+        for row in rows:
+            samples.append(of_png(row.get("png"), left))
+            left -= samples[-1][0].numel()
     if len({s.shape for s in samples}) > 1:
         raise Refused("with samples of different sizes; send these apart")
     return torch.stack(samples)
@@ -122,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _health(self) -> tuple[int, dict[str, Any]]:
         if self.path.partition("?")[0] != "/health":
             return 404, {"error": "GET /health and POST /score are all there is"}
-        return 200, {"version": VERSION, "name": name_of(self.server.reward), "hash": self.server.hash}
+        told = {"name": name_of(self.server.reward), "hash": self.server.hash, "parallel": PARALLEL}
+        return 200, {"version": VERSION, **told}
 
     def _score(self) -> tuple[int, dict[str, Any]]:
         if self.path.partition("?")[0] != "/score":
@@ -133,9 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         if len(length) > 12 or int(length) > MOST_BYTES:
             return 413, {"error": f"the limit is {MOST_BYTES} bytes"}
         body = self.rfile.read(int(length))
-        ids, batch, samples = asked(read_json(body), name_of(self.server.reward))
+        message = read_json(body)
         try:
-            with self.server.busy, torch.no_grad():
+            with self.server.busy, torch.no_grad():  # the pictures of one request in memory, not of all that wait
+                ids, batch, samples = asked(message, name_of(self.server.reward))
+                batch = unrouted(self.server.reward, batch)
                 values = scored(self.server.reward, samples.to(self.server.device), batch).double().tolist()
         except RewardFailed as error:
             return 500, {"error": str(error)}

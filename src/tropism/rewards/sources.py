@@ -20,15 +20,17 @@ from tropism.core import UserError
 from tropism.quiet import quiet
 
 NOT_CONFIRMED = "not confirmed"
+OWN = "Apache-2.0, as this library"
 OFFLINE = "A hub id needs a network the first time; a folder does not."
 
 
 @dataclass(frozen=True)
 class About:
-    """What a catalogue reward says of itself; whether it has a gradient is `differentiable` on the reward, and tested.
+    """What a reward says of itself, `about`; whether it has a gradient is `differentiable` on the reward, and tested.
 
-    range: the lowest and highest value it can take. size: the side, in pixels, that its network sees, None if it sees a
-    picture at its own. licence: of the weights, "not confirmed" where nobody here has read it. source: whose weights.
+    range: the lowest and highest value it can take (where it takes any: -inf and NaN are samples that have none). size: the side, in
+    pixels, that its network sees, None if it sees a picture at its own, or none. licence: of the weights, or of what computes it; "not
+    confirmed" where nobody here has read it. source: whose weights or formula.
     """
 
     range: tuple[float, float]

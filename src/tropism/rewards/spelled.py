@@ -21,9 +21,7 @@ def is_spelled(text: str) -> bool:
 
 def read(text: str, load: Callable[[str], Reward], split: Callable[[str], tuple[str, float]]) -> Reward:
     """The reward that the text spells. load: of one name. split: "NAME=WEIGHT" -> (NAME, WEIGHT). Raises UserError."""
-    found = _CALL.fullmatch(text.strip())
-    assert found is not None
-    kind, given = found[1], arguments(found[2])
+    kind, given = taken_apart(text)
     if kind in OF_ONE:
         return OF_ONE[kind](load(given[0]), _number(kind, given))
     if len(given) < 2:
@@ -32,6 +30,13 @@ def read(text: str, load: Callable[[str], Reward], split: Callable[[str], tuple[
         )
     pairs = [split(g) for g in given]
     return OF_MANY[kind]([(load(name), weight) for name, weight in pairs])
+
+
+def taken_apart(text: str) -> tuple[str, list[str]]:
+    """("hinge", ["a", "0.3"]) of a spelled reward. Raises UserError for an empty place."""
+    found = _CALL.fullmatch(text.strip())
+    assert found is not None
+    return found[1], arguments(found[2])
 
 
 def arguments(inside: str) -> list[str]:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError as TimedOut
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tropism.core import Batch, Reward, UserError, scored
+from tropism.core import Batch, Reward, UserError, name_of, scored
+from tropism.rewards.combine import unrouted
 from tropism.rewards.docking import PATIENCE
+from tropism.rewards.identity import served
+from tropism.rewards.load import load_rewards
 
 
 @cache
 def _loaded(text: str) -> Reward:
-    from tropism.rewards.load import load_rewards
-
     torch.set_num_threads(1)
     reward: Any = load_rewards([text])
     if hasattr(reward, "patience"):  # a worker sees a few samples and may be ended; whoever sees all of them judges
@@ -31,12 +32,18 @@ def _loaded(text: str) -> Reward:
     return reward
 
 
+def _begin(text: str) -> None:
+    """In a new worker, before the clock of any sample runs."""
+    with suppress(Exception):  # the first sample says it again, where it is heard
+        _loaded(text)
+
+
 def _one(text: str, sample: Any, prompt: str, meta: dict) -> tuple[float, str]:
     """In a worker: one sample's score by the reward that `text` names, and why it was refused, if it was."""
     reward: Any = _loaded(text)
     if getattr(reward, "refusal", ""):
         reward.refusal = ""
-    score = scored(reward, torch.from_numpy(sample)[None], Batch([prompt], meta=[meta]))[0].item()
+    score = scored(reward, torch.from_numpy(sample)[None], unrouted(reward, Batch([prompt], meta=[meta])))[0].item()
     return score, getattr(reward, "refusal", "")
 
 
@@ -44,8 +51,9 @@ class InWorkers:
     """`--reward TEXT` in worker processes, a sample at a time. It has no gradient.
 
     `timed_out` counts samples over the limit, `refused` those that a program would not take.
-    workers: processes. timeout: seconds a sample. The reward is loaded anew in every worker, by its name or file.py:function, so it must
-    not need anything that only this process has. Raises UserError for numbers that cannot be, and for an exception of the reward's.
+    workers: processes. timeout: seconds a sample, from when its worker has loaded the reward. It is loaded anew in every worker, by its
+    name or file.py:function, so it must not need anything that only this process has, where it is loaded once for its name.
+    Raises UserError for numbers that cannot be, a reward that cannot be loaded, and an exception of the reward's.
     """
 
     differentiable = False
@@ -55,7 +63,9 @@ class InWorkers:
             raise UserError(
                 f"workers is {workers} and timeout is {timeout}; they must be at least 1 and above 0 seconds."
             )
-        self.text, self.name, self.workers, self.timeout = text, text.rpartition("=")[0] or text, workers, timeout
+        loaded = load_rewards([text])
+        self.text, self.name, self.served = text, name_of(loaded), served(loaded)
+        self.workers, self.timeout = workers, timeout
         self.timed_out, self.refused, self.answered = 0, 0, 0
         self._pool: Any = None
 
@@ -69,7 +79,8 @@ class InWorkers:
                 ) from error
             import multiprocessing
 
-            self._pool = ProcessPool(max_workers=self.workers, context=multiprocessing.get_context("spawn"))
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(self.workers, initializer=_begin, initargs=(self.text,), context=context)
         return self._pool
 
     def __call__(self, samples: Tensor, batch: Batch) -> Tensor:

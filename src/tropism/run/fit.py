@@ -34,7 +34,9 @@ HALF = 0.5
 
 
 class Step(Protocol):
-    """An algorithm with its model, reward and hyperparameters bound."""
+    """An algorithm with its model, reward and hyperparameters bound. If it has a `pace`, that is called with the share of the run that is
+    done, before every update.
+    """
 
     def __call__(
         self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
@@ -179,6 +181,7 @@ def fit(
         told = recorder.lines() if watch and is_main() else []
         while not run.ended and (done := max(run.update / updates, ledger.share(run.spent, budget))) < 1:
             optimiser.pace(rate(done))
+            getattr(step, "pace", lambda _: None)(done)
             before = run.spent.get("forwards", 0.0)
             info, row = _one_update(step, batches(run.update), run, seed, stop, prices)
             now = max(run.update / updates, ledger.share(run.spent, budget))

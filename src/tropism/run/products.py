@@ -18,6 +18,7 @@ from tropism.models import lora
 from tropism.models.latent import Latent
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch
+from tropism.rewards.identity import served
 from tropism.run import card, report
 from tropism.run.evaluate import Evaluation, finite_mean
 from tropism.run.evaluate import evaluate as measured
@@ -81,7 +82,11 @@ class Judge:
             **identity,
             "held-out prompts": json.dumps(self.prompts),
             "evaluation": f"{steps} steps, guidance {guidance:g}" + ("" if eta is None else f", eta {eta:g}"),
-            **({"watched rewards": json.dumps(list(watch))} if watch else {}),
+            **(
+                {"watched rewards": json.dumps([" ".join([name, *served(r)]) for name, r in watch.items()])}
+                if watch
+                else {}
+            ),
             "seed": str(seed),
         }
 

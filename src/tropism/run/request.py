@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from tropism.doctor.case import NEGATIVE
 from tropism.models.load import OWN, load_model
 from tropism.models.lora import LoraSettings
 from tropism.prompts.batches import Prompt, as_batch, batch_of, chosen, train_and_held_out
-from tropism.rewards.combine import routed, weighted
+from tropism.rewards.combine import weighted
+from tropism.rewards.identity import fingerprint, identity_of
 from tropism.rewards.load import check_prompts, load_rewards, require_gradient
 from tropism.rewards.workers import InWorkers
 from tropism.run import report
@@ -95,7 +95,6 @@ def read(
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
     check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
     watch = _watched(settings["watch"], held)
-    _check_routes(reward_, train + held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
     if method in WITHOUT_GRADIENT:
@@ -115,18 +114,6 @@ def _watched(texts: Sequence[Reward | str], held: Sequence[Prompt]) -> dict[str,
         check_prompts(loaded, [p.text for p in held])
         found[name] = loaded
     return found
-
-
-def _check_routes(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for a prompt that is meant for a reward there is not."""
-    names = getattr(reward, "names", [name_of(reward)])
-    for prompt in prompts:
-        for name in routed(dict(prompt.meta)):
-            if name not in names:
-                raise UserError(
-                    f"The prompt {prompt.text[:60]!r} is meant for the reward '{name}', but the rewards are {', '.join(names)}. "
-                    "Name one of these in its `reward`, or add it with --reward."
-                )
 
 
 class _Reached(Exception):
@@ -194,7 +181,6 @@ def read_reward(reward: Rewards, workers: int = 0, timeout: float = 60.0) -> Rew
             raise UserError(
                 "Workers load the reward by its name: give one --reward NAME or file.py:function, without others beside it."
             )
-        load_rewards(texts)  # what is wrong with it is said here
         return InWorkers(texts[0], workers=workers, timeout=timeout)
     if len(texts) == len(parts):
         return load_rewards(texts)
@@ -220,26 +206,10 @@ def as_plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def identity(model: str | Model, reward: Rewards) -> dict[str, str]:
-    """What a resumed run must share with the run it goes on with."""
+def identity(model: str | Model, reward: Rewards, loaded: Reward) -> dict[str, str]:
+    """What a resumed run must share with the run it goes on with. loaded: the reward as it was read."""
     named = str(model) if isinstance(model, str | Path) else type(model).__name__
-    return {"model": Path(named).name + fingerprint(named), "reward": identity_of(spelled(reward))}
-
-
-def identity_of(rewards: Sequence[str]) -> str:
-    """What rewards are made of, as far as their texts tell: names and weights without folders, which may be written in other ways,
-    and the content of a user's own file.
-    """
-    return " ".join(p if p.startswith("dock:") else p.rpartition("/")[2] + fingerprint(p) for p in rewards)
-
-
-def fingerprint(text: str) -> str:
-    """Of the file that a text names, "file", "file.py:object" or "old:file.py:object", some letters of its hash; else nothing."""
-    text = text.removeprefix("old:").removeprefix("old-uint8:")
-    for name in (text, text.rpartition("=")[0], text.rpartition(":")[0], text.rpartition("=")[0].rpartition(":")[0]):
-        if name and Path(name).is_file():
-            return f" ({sha256(Path(name).read_bytes()).hexdigest()[:12]})"
-    return ""
+    return {"model": Path(named).name + fingerprint(named), "reward": identity_of(spelled(reward), loaded)}
 
 
 def _remarks(model: Model, train: list[Prompt], held: list[Prompt]) -> list[str]:

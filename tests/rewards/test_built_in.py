@@ -1,0 +1,38 @@
+"""What rewards that need no weights of others declare: range, input size, licence, and a gradient that is there or is not."""
+
+import pytest
+import torch
+
+from tropism.core import Batch, is_differentiable
+from tropism.rewards.load import BUILT_IN, load_reward
+from tropism.rewards.sources import About
+from tropism.worlds import dna, molecules, utr
+
+TOKENS = {"dna-liver": dna, "dna-specific": dna, "utr-load": utr, "gc-window": utr}
+MOLECULES = ("qed", "sa", "logp-window", "pharmacophore")
+
+
+def samples_for(name):
+    """Eight samples, floating point with a gradient where the reward has one."""
+    if name in MOLECULES:
+        return molecules.tokens_of(["CCO", "c1ccccc1", "CC(=O)O", "CCN", "CCCCCC", "OCC(O)CO", "CC#N", "c1ccncc1"])
+    if name in TOKENS:
+        tokens = TOKENS[name].sequences(8, 0)
+        return dna.one_hot(tokens).double().requires_grad_() if name.startswith("dna") else tokens
+    return torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_it_declares(name):
+    if name in MOLECULES:
+        pytest.importorskip("rdkit")
+    if name == "utr-load":
+        pytest.importorskip("RNA")
+    reward = load_reward(name)
+    assert reward.name == name
+    assert isinstance(reward.about, About) and reward.about.licence and reward.about.source
+    assert reward.about.size == (64 if name.startswith("shapes") else None)
+    value = reward(samples_for(name), Batch(["three red circles on sand"] * 8))
+    low, high = reward.about.range
+    assert low < high and ((low <= value) & (value <= high)).all() and value.isfinite().all()
+    assert value.requires_grad == is_differentiable(reward)
