@@ -92,6 +92,9 @@ def test_a_curve_that_is_not_whole_is_infinitely_far():
     recipe = Recipe("r", "", "alignprop", {}, tolerance={"a": 0.5, "b": 0.1}, reference={0: reference})
     near = {"update": [0, 5], "a": [1.0, 2.25], "b": [1.0, 1.0]}
     assert [(d.column, d.update, d.share) for d in differences(recipe, {0: near})] == [("a", 5, 0.5), ("b", 0, 0.0)]
+    for sign in (1, -1):  # to either side
+        far = {**near, "b": [1.0, 1.0 + sign * 0.3]}
+        assert [(d.column, round(d.share, 9)) for d in differences(recipe, {0: far})] == [("b", 3.0), ("a", 0.5)]
     for broken in ({**near, "a": [1.0, math.nan]}, {**near, "update": [0]}, {"update": [0, 5], "b": [1.0, 1.0]}, {}):
         assert differences(recipe, {0: broken})[0].share == math.inf
     lines = [

@@ -208,13 +208,15 @@ def compare(
         Path | None, typer.Option(help="Methods to run at one budget: a YAML file (docs/compare.md).")
     ] = None,
     method: Annotated[list[str], typer.Option(help="A method to run, with the search of six; repeatable.")] = [],  # noqa: B006
-    model: Annotated[str, typer.Option(help="With --method: " + HELP["model"])] = "shapes",
+    model: Annotated[str | None, typer.Option(help="With --method (default: shapes): " + HELP["model"])] = None,
     reward: Annotated[list[str], typer.Option(help="With --method: " + HELP["reward"])] = [],  # noqa: B006
-    gold: Annotated[str, typer.Option(help="With --method: the measure that settles which is better.")] = "reward",
+    gold: Annotated[
+        str | None, typer.Option(help="With --method: what settles which is better (default: reward).")
+    ] = None,
     watch: Annotated[list[str], typer.Option(help="With --method: " + HELP["watch"])] = [],  # noqa: B006
     prompts: Annotated[str | None, typer.Option(help="With --method: " + HELP["prompts"])] = None,
     budget: Annotated[list[str], typer.Option(help="With --method, of a run: " + HELP["budget"])] = [],  # noqa: B006
-    seeds: Annotated[int, typer.Option(help="With --method: test seeds.")] = 5,
+    seeds: Annotated[int | None, typer.Option(help="With --method: test seeds (default: 5).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
     device: Annotated[str, typer.Option(help=HELP["device"])] = "cpu",
     dtype: Annotated[str, typer.Option(help=HELP["dtype"])] = "float32",

@@ -240,7 +240,7 @@ def scored(reward: Reward, samples: Tensor, batch: Batch) -> Tensor:
     Raises UserError naming the reward and what it returned (see answers.as_numbers), and RewardFailed where it raised an exception.
     """
     try:
-        value = reward(samples, batch)
+        value = reward(samples.clone(), batch)  # one that writes into its input changes nothing for those after it
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -194,6 +194,38 @@ def open_again(model):
     model.decode = lambda x0: clamp(4 * (raw.decode(x0 / raw.config.scaling_factor).sample / 2) + 0.5)
 
 
+def guided_at_first(old):
+    """Guidance for the first step, as where a loop rebinds it."""
+    first = []
+
+    def new(x, t, cond, w):
+        first.append(float(t))
+        return old(x, t, cond, w if t == first[0] else 1.0)
+
+    return new
+
+
+def kept_start(old):
+    """The noise of the first call for all that follow."""
+    kept = []
+
+    def new(cond, draw, times):
+        kept.append(old(cond, draw, times))
+        return kept[0]
+
+    return new
+
+
+def noisy(old):
+    """A decoder that draws a sample of what it predicts."""
+
+    def new(x0):
+        pictures = old(x0)
+        return (pictures + 0.02 * torch.randn_like(pictures)).clamp(0, 1)
+
+    return new
+
+
 def last_time(old):
     """A closure of a loop: every step is told the last time the loop had."""
     seen = []
@@ -239,6 +271,9 @@ def decoder_trains(model):
 
 
 MODELS = {
+    "guidance at the first step only": ("guidance", "warning", wrapped("predict", guided_at_first), KNOWN),
+    "decoder draws noise": ("decoder repeatable", "warning", wrapped("decode", noisy), KNOWN),
+    "the same noise every update": ("start", "warning", wrapped("start", kept_start), KNOWN),
     "base under no_grad": ("base graph", "warning", base_under_no_grad, FLOW_FACTORY),
     "adapter on a copy": ("adapter acts", "fault", bound_to_a_copy, VERL),
     "adapter on nothing": ("adapter acts", "fault", bound_to_nothing, VERL),

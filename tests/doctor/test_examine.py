@@ -78,8 +78,9 @@ SLOW_HERE = (
     "adapter on nothing",
     "sampler not synchronised",
     "rounded on the way",
+    *(SMALL := ("guidance at the first step only", "decoder draws noise", "the same noise every update")),
 )
-"""Twins of others, which the recipe plants too."""
+"""Twins of others, which the recipe plants too, and SMALL, planted here on a small model."""
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,14 @@ def test_a_model_fault_of_the_field_is_named_and_no_other(name, pipelines):
     model = pipelines("sd1")
     alter(model)
     assert loud(examine(model, colour, BATCH, guidance=7.5)) == ([(level, check)] if check else [])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_model_fault_is_named_on_a_small_model(name):
+    check, level, alter, _ = field_faults.MODELS[name]
+    model = Painter()
+    alter(model)
+    assert loud(examine(model, colour, PLAIN, guidance=3.0)) == [(level, check)]
 
 
 def test_pixels_that_may_come_back_are_no_fault(pipelines):
@@ -254,6 +263,7 @@ KINKED = {
     "a large offset": lambda images, batch: 1000 + images.mean((1, 2, 3)),
     "small": lambda images, batch: 1e-6 * images.mean((1, 2, 3)),
     "in float32": lambda images, batch: images.float().square().mean((1, 2, 3)),
+    "writes into its input": lambda images, batch: images.mul_(2).sub_(1).square().mean((1, 2, 3)),
     "in bfloat16": lambda images, batch: images.bfloat16().square().mean((1, 2, 3)),
 }
 

@@ -8,9 +8,9 @@ import pytest
 from tropism.core import UserError
 from tropism.race import curves
 from tropism.race.curves import Curve
-from tropism.race.page import gap, paired, reach
+from tropism.race.page import gap, levels, paired, reach
 from tropism.race.plan import SEARCH, plan_of
-from tropism.race.runs import Job, asked_of, points_of
+from tropism.race.runs import Job, asked_of, keep, kept, points_of
 from tropism.run.ledger import AXES
 
 PLAN = {
@@ -79,6 +79,57 @@ def test_an_objective_follows_a_method_longer_in_its_test_runs_alone():
     assert points(0, False) == []
 
 
+CODE = "def score(images, batch):\n    return images.mean((1, 2, 3))\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A plan that names files, and the files."""
+    written = {n: tmp_path / n for n in ("prompts.txt", "held.txt", "reward.py", "gold.py")}
+    for n, file in written.items():
+        file.write_text(CODE if n.endswith(".py") else "a cat\n")
+    reward, gold = f"hinge({written['reward.py']}:score,0.5)", f"{written['gold.py']}:score"
+    objectives = {
+        "o": {"reward": reward, "watch": gold, "gold": "watch/score", "prices": {"forwards": 1, "decodes": 2}}
+    }
+    settings = {"prompts": str(written["prompts.txt"]), "held_out": str(written["held.txt"]), "dtype": "float32"}
+    return written, {**PLAN, "objectives": objectives, "settings": settings}
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "held.txt", "reward.py", "gold.py"])
+def test_a_run_of_files_that_have_changed_since_is_not_taken_for_another(name, files, tmp_path):
+    written, found = files
+    plan = plan_of(found)
+    job = Job(plan.objectives[0], plan.entries[0], 0, 0, is_test=True)
+    keep(tmp_path, plan, job, [])
+    assert kept(tmp_path, plan, job)["failed"] == ""
+    written[name].write_text(written[name].read_text() + "\n# a word more\n")
+    with pytest.raises(UserError, match=rf"something else than the plan asks for: contents .*{name}"):
+        kept(tmp_path, plan, job)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p.update(points=3), "evaluated_at"),
+        (lambda p: p.update(prompts_each=3), "prompts_each"),
+        (lambda p: p["settings"].update(dtype="bfloat16"), "settings dtype"),
+        (lambda p: p["settings"].pop("dtype"), "settings dtype"),
+        (lambda p: p["objectives"]["o"].update(watch=["jpeg"]), "watch"),
+        (lambda p: p["objectives"]["o"].update(prices={"forwards": 2, "decodes": 2}), "prices forwards"),
+        (lambda p: p["objectives"]["o"].update(prices={"forwards": 1}), "prices decodes"),
+    ],
+)
+def test_a_run_of_a_plan_that_has_changed_since_is_not_taken_for_another(change, said, files, tmp_path):
+    found = files[1]
+    plan = plan_of(found)
+    keep(tmp_path, plan, Job(plan.objectives[0], plan.entries[0], 0, 0, is_test=True), [])
+    change(found)
+    plan = plan_of(found)
+    with pytest.raises(UserError, match=f"something else than the plan asks for: {said}"):
+        kept(tmp_path, plan, Job(plan.objectives[0], plan.entries[0], 0, 0, is_test=True))
+
+
 def test_two_methods_diversity_at_the_lower_one_s_gold_within_the_budget():
     plan = plan_of(PLAN | {"budget": {"seconds": 2}})
     one = [curve([0, 1, 4], diversity=[1.0, 0.9, 0.3]), curve([0, 2, 2], diversity=[1.0, 0.7, 0.5])]
@@ -109,8 +160,19 @@ def test_what_others_need_for_the_level_of_one():
     slow, fast = reach(found, "slow", "reward")
     assert (slow.name, slow.costs["seconds"]) == ("slow", (2.0, 3))
     assert fast.costs["seconds"] == (1.0, 2)  # .5, 1 and never
+    five = [curve([0, y, y]) for y in (8, 2, 20, 4, 2.5)]  # at 2 after .25, 1, .1, .5 and .8 seconds
+    assert reach({"slow": found["slow"], "fast": five}, "slow", "reward")[1].costs["seconds"] == (0.5, 5)
+    assert reach({"slow": found["slow"], "fast": five[:4]}, "slow", "reward")[1].costs["seconds"] == (0.375, 4)
     some = reach({**found, "fast": found["fast"][:2]}, "slow", "reward")[1]
     assert some.costs["seconds"] == (math.inf, 1)  # one of two seeds got there: no median to quote
+
+
+@pytest.mark.parametrize(("end", "is_told"), [(1.9, False), (2.1, True)])
+def test_costs_are_told_where_the_reference_has_gone_a_fifth_of_the_way(end, is_told):
+    plan = plan_of(PLAN | {"level_of": "draft"})
+    (told,) = levels(plan, plan.objectives[0], {"draft": [curve([0, 1, end])], "ours": [curve([0, 5, 10])]})
+    assert told["gap"] == pytest.approx(end / 10) and [r.name for r in told["rows"]] == ["draft", "ours"] * is_told
+    assert levels(plan_of(PLAN), plan.objectives[0], {}) == []
 
 
 def test_a_plan_of_names_alone_has_six_configurations_a_method():

@@ -1,6 +1,7 @@
 """Methods at one budget, end to end on a tiny pipeline: what is run, what is kept, what is shown."""
 
 import csv
+import inspect
 import json
 
 import pytest
@@ -61,6 +62,9 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     assert float(rows["DDPO", "reward"]["reward_queries"]) == 4  # at the budget, not at its own end
     assert {m for _, m in rows} == {"reward", "training_reward", "watch/incompressibility", "diversity", "drift"}
     text = page.read_text()
+    assert "<td>DDPO</td><td>not searched</td><td>8</td>" in text and "<td>DRaFT</td><td>2</td><td>4</td>" in text
+    assert "on seed 7 alone" in text and "Of equals the first listed was taken" in text
+    assert "the same held-out prompts that the test runs are judged on (at most 2, 2 pictures each" in text
     assert (out / "bytes-pictures.png").is_file() and text.count("data:image/png") == 2
     assert "<script" not in text and "What was tried" in text and "tuning" not in text
     before = {f: (out / f).read_bytes() for f in files}
@@ -81,6 +85,28 @@ def test_a_run_that_blows_up_loses_the_search(folder, tmp_path):
         return json.loads((tmp_path / f"out{lr}" / "bytes/DRaFT/search-0-7.json").read_text())["failed"]
 
     assert "not finite" in chosen(1e30)
+
+
+def test_a_search_run_that_ends_for_another_reason_is_named_and_tried_again(folder, tmp_path, monkeypatch):
+    def lost(plan, job, out, place, bases):
+        run = job.file(out).with_suffix("")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").write_text(
+            '{"update": 0, "held_out/reward": 1.0, "held_out/watch/incompressibility": 1.0}\n'
+        )
+        if len(calls.append(job.name) or calls) == 2:
+            raise UserError("The server is gone. Start it again.")
+
+    calls, out = [], tmp_path / "out"
+    monkeypatch.setattr(inspect.getmodule(race), "_run", lost)
+    with pytest.raises(UserError, match=r"^bytes: DRaFT, search \{.*'k': 2\}, seed 7: The server is gone\. .*to go on"):
+        race(plan(folder, tmp_path), out=out, search_only=True)
+    assert [f.name for f in out.rglob("search-*.json")] == ["search-0-7.json"]
+    race(plan(folder, tmp_path), out=out, search_only=True)
+    assert calls == ["search-0-7", "search-1-7", "search-1-7"]
+    assert [json.loads(f.read_text())["failed"] for f in sorted(out.rglob("search-*.json"))] == ["", ""]
+    with pytest.raises(UserError, match="settings dtype float32 instead of bfloat16"):
+        race(plan(folder, tmp_path), out=out, search_only=True, dtype="bfloat16")
 
 
 def test_a_gold_measure_that_is_none_is_named_after_the_first_run(folder, tmp_path):
@@ -106,6 +132,9 @@ def test_base_pictures_of_other_held_out_prompts_are_others(folder, tmp_path):
     [
         ({"DRaFT": {"method": "draft", "search": [{"learning_rate": 1.0}]}}, "learning_rate"),
         ({"DRaFT": {"method": "draft", "settings": {"truncation": "2"}}}, "truncation"),
+        ({"DRaFT": {"method": "draft", "settings": {"on_alarm": "stop"}}}, "on_alarm, which has no effect"),
+        ({"DRaFT": {"method": "draft", "search": [{"ramp": ["jpeg=0.3"]}]}}, "ramp, which has no effect"),
+        ({"DRaFT": {"method": "draft", "settings": {"trackers": ["wandb"]}}}, "trackers, which has no effect"),
     ],
 )
 def test_a_setting_that_is_none_is_named_before_anything_runs(folder, tmp_path, methods, said):
@@ -130,5 +159,14 @@ def test_the_plan_of_flags_and_of_a_file(tmp_path):
     file.write_text("- 3")
     with pytest.raises(UserError, match="holds no settings"):
         read(file)
-    with pytest.raises(UserError, match="Both"):
-        plan_from(file, ["draft"], "shapes", *flags)
+    nothing = {"methods": [], "model": None, "reward": [], "gold": None, "watch": [], "prompts": None}
+    nothing |= {"budget": [], "seeds": None}
+    given = {"methods": ["draft"], "model": "shapes", "reward": ["jpeg"], "gold": "reward", "watch": ["jpeg"]}
+    for name, value in {**given, "prompts": "p.txt", "budget": ["seconds=5"], "seeds": 5}.items():
+        with pytest.raises(
+            UserError, match=f"Both --plan and --{name.removesuffix('s') if name == 'methods' else name} "
+        ):
+            plan_from(file, **{**nothing, name: value})
+    file.write_text("model: shapes\nbudget: {seconds: 5}\nobjectives: {a: {reward: jpeg}}\nmethods: {draft: {}}\n")
+    assert plan_from(file, **nothing).seeds == (0, 1, 2, 3, 4)
+    assert plan_from(None, ["draft"], None, ["jpeg"], None, [], None, ["seconds=5"], None).model == "shapes"

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from test_report import Tags
 from tiny import tiny_pipeline
 
 from tropism import cli, commands
-from tropism.core import UserError
+from tropism.commands.dial import _fresh
+from tropism.core import Batch, UserError
 from tropism.run import dial
+from tropism.run.dial_page import Dialled
 from tropism.run.evaluate import Evaluation, diversity
 
 PICTURES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -182,6 +185,32 @@ def test_settings_out_of_range(places, adapters, says):
 
 
 # ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_nothing_is_recommended_beyond_the_last_measured_setting(tmp_path):
+    """A reward that bends upwards at the end is continued upwards beyond it, where no picture was probed."""
+    seen = lambda level, rows=range(6): Evaluation(
+        PICTURES[list(rows)], {"reward": torch.tensor([level + i for i in rows])}, ["abcdef"[i] for i in rows]
+    )
+    probes = {p: ([0, 1, 2, 3], seen(level, range(4))) for p, level in ((0.5, 0.5), (1.25, 2.0), (1.5, 4.0))}
+    stops = dial.stops([0, 1, 2], 1)
+    many = {"drawn": [seen(0.0)] * 3, "fresh": [None] * 3, "keep": 0.0, "command": "", "config": {}, "environment": {}}
+    found = Dialled(
+        out=tmp_path, runs=["a"], base="b", rewards=["reward"], stops=stops, rows=[0], probes=probes, before=seen(0.0),
+        ends=(seen(0.0), seen(1.0)), **many,
+    )  # fmt: skip
+    assert found.predicted("reward", [2.0])[0] > found.predicted("reward", [1.5])[0]
+    assert found.recommended[0].place == 1.5 and found.fine[-1] == 2
+
+
+def test_fresh_pictures_have_noise_of_their_own():
+    drawn = []
+    bench = SimpleNamespace(asked=Batch(["a", "b", "c"]), draw=lambda stop, asked, index: drawn.append((asked, index)))
+    _fresh(bench, dial.stops([0, 1], 1, phases=True), 7, lambda text: None)
+    assert len(drawn) == 2  # the phases are not predicted
+    for asked, index in drawn:
+        assert asked.prompts == ["a", "b", "c", "a", "b", "c", "a"]
+        assert len(set(index)) == 7 and min(index) >= 2**20  # an evaluation counts its pictures from 0
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from toy import ToyModel
 
 from tropism.align.rollout import sample
 from tropism.core import Batch, Draw, UserError
-from tropism.run.evaluate import diversity, evaluate
+from tropism.run.evaluate import columns_of, diversity, evaluate
 
 
 def brightness(images, batch):
@@ -108,3 +108,17 @@ def test_diversity_is_the_mean_pairwise_distance():
 def test_no_prompts():
     with pytest.raises(UserError, match="no prompts"):
         evaluate(ToyModel(), brightness, [], steps=4, guidance=1.0, seed=0)
+
+
+def test_a_reward_that_writes_into_its_pictures_changes_no_other_measure():
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before, red = images.clone(), lambda images, batch: images[:, 0].mean((1, 2))
+
+    def writing(images, batch):
+        images.mul_(0.5)
+        images.numpy()[:, 0] = 0  # which leaves no trace in the tensor's version
+        return images.mean((1, 2, 3))
+
+    found = columns_of(images, Batch(["a", "b"]), writing, {"m": lambda i, _: {"m": red(i, _)}}, {"red": red})
+    assert torch.equal(images, before)
+    assert torch.equal(found["m"], red(before, None)) and torch.equal(found["watch/red"], red(before, None))

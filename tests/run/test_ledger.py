@@ -4,9 +4,12 @@ import json
 
 import pytest
 from tiny import tiny_pipeline
+from toy import ToyModel
 
 from tropism import commands
-from tropism.core import UserError
+from tropism.align.drtune import drtune
+from tropism.align.refl import refl
+from tropism.core import Batch, Stream, UserError, generator
 from tropism.run import ledger
 from tropism.run.signals import Interrupted
 
@@ -48,6 +51,21 @@ def test_an_update_costs_what_it_costs_by_hand(method, folder, tmp_path):
     assert {axis: first[axis] for axis in by_hand} == by_hand
     assert {axis: second[axis] for axis in by_hand} == {axis: 2 * n for axis, n in by_hand.items()}
     assert 0 < first["seconds"] < second["seconds"] and 0 < first["cpu_seconds"] < second["cpu_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "late", "active"), [(refl, {"earliest": 0.5}, 0, 1), (drtune, {"stop_share": 0.5}, 1, 2)]
+)
+def test_a_chain_that_stops_early_costs_the_steps_it_ran(method, options, late, active):
+    """The third of four steps is the last at these seeds: for refl the first it may stop at, for drtune one before the end."""
+    seed = next(s for s in range(9) if generator(s, Stream.TIMESTEP, 0).integers(0, 2) == late)
+    own = {"steps": N, "guidance": 1.0, **options, **({"train_steps": active} if method is drtune else {})}
+    mean = lambda images, batch: images.flatten(1).mean(1)
+    model, batch = ToyModel(), Batch(["a", "b"])
+    _, info = next(method(model, mean, batch, state={}, update=0, seed=seed, **own))
+    found = ledger.cost(info.calls, 0.0, 0.0)
+    assert (found["forwards"], found["backwards"]) == (2 * (N - 1 + active), 2 * active)
+    assert found["reward_queries"] == found["reward_gradients"] == found["decodes"] == 2
 
 
 def test_scales_of_the_base_and_gradients_apart_are_counted(folder, tmp_path):

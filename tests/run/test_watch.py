@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import tiny_pipeline
 from toy import ToyModel
 
 from tropism import commands
+from tropism.commands.train import _seldom
 from tropism.core import Batch, Draw, Info, Stream, UserError, generator
 from tropism.run import looks, watch
 from tropism.run.evaluate import Evaluation
@@ -160,13 +162,64 @@ def test_a_resumed_run_sees_the_same(folder, tmp_path):
     assert told(whole.out) == told(rest.out)
 
 
-def test_watching_changes_no_weight_and_takes_few_rows(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("updates", "every", "seen", "count"),
+    [
+        (60, 0, None, 2),
+        (10, 10, None, 2),
+        (11, 10, None, None),
+        (60, 30, None, None),
+        (60, 10, 2, 2),
+        (60, 10, 3, None),
+    ],
+)
+def test_a_run_that_is_looked_at_too_seldom_for_an_alarm_says_so_once(updates, every, seen, count):
+    settings = {"updates": updates, "evaluate_every": every, "on_alarm": "keep"}
+    said = _seldom(SimpleNamespace(settings=settings, watch={"dim": dim}), seen)
+    assert [f"takes 3 evaluations, the base model's counted, and this run has {count}." in s for s in said] == [
+        True
+    ] * bool(count)
+    for quiet in (
+        {"watch": {}, "settings": settings},
+        {"watch": {"dim": dim}, "settings": settings | {"on_alarm": "off"}},
+    ):
+        assert not _seldom(SimpleNamespace(**quiet), seen)
+    settings["evaluate_every"] = 0
+    assert not _seldom(SimpleNamespace(settings=settings, watch={"dim": dim}), 2)  # it was said before the run
+
+
+def test_a_resumed_run_has_not_seen_what_came_after_its_checkpoint(tmp_path):
+    """Killed after the evaluation at 6, which was the second that had fallen; its newest checkpoint is 4."""
+    first = watch.Watch(tmp_path, None, None, None, 0, 4, 1.0)
+    for u, held in ((0, 0.0), (3, -1.0), (6, -2.0)):
+        first.seen[u] = Seen(u, torch.arange(8.0) + u, {"dim": torch.arange(8.0) + held})
+    first._remember()
+    again = watch.Watch(tmp_path, None, None, None, 0, 4, 1.0)
+    assert "over-optimised" in again.alarm([])
+    again.observe(5, Info(2), 0.0, 1.0)
+    assert again.alarm([]) == "" and list(again.seen) == [0, 3] and again.verdict.falling == 1
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 2), (2.0, 4)])
+def test_watching_takes_at_most_a_hundredth_of_the_rows(guidance, rows, tmp_path, monkeypatch):
+    """As shipped: at every update of 4 samples and 4 steps, and not much less in the end."""
+    watching = watch.Watch(tmp_path, None, None, lambda u: Batch(["a"] * 4), 0, 4, guidance)
+    monkeypatch.setattr(watch.Watch, "_distance", lambda *_: 0.5)
+    info, asked, each = Info(4, images=torch.rand(4, 3, 4, 4)), 0, 16 * (1 + (guidance != 1))
+    for update in range(1, 101):
+        asked += "samples/output_distance" in watching.observe(update, info, each * (update - 1), each * update)
+        assert rows * asked <= 0.01 * each * update
+    assert rows * asked > 0.009 * each * 100 - rows
+
+
+def test_watching_changes_no_weight_and_takes_few_rows(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watch, "SHARE", 0.06)
     few = {"evaluate_every": 0, "held_out": PROMPTS[:2]}
     watched, alone = align(folder, tmp_path / "on", **few), align(folder, tmp_path / "off", on_alarm="off", **few)
     ours, theirs = adapter(watched.out / "lora"), adapter(alone.out / "lora")
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert lines(watched.out)[-1]["spent"]["forwards"] == lines(alone.out)[-1]["spent"]["forwards"]
+    assert capsys.readouterr().out.count("What is watched can sound no alarm") == 1
     asked = sum("samples/output_distance" in line for line in lines(watched.out))
     assert asked >= 1 and 4 * asked <= watch.SHARE * lines(watched.out)[-1]["spent"]["forwards"]
     assert not any(name.startswith("samples/") for line in lines(alone.out) for name in line)

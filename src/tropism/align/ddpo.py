@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tropism.align.advantage import ADVANTAGES, judged
 from tropism.align.rollout import Chain, surrogate
-from tropism.align.update import begin
+from tropism.align.update import NotFinite, begin
 from tropism.core import (
     Batch,
     Info,
@@ -114,10 +114,10 @@ class Path:
 
 
 def _lost(reward: Reward, rewards: Tensor, update: int) -> int:
-    """How many of the whole batch's rewards are not finite. Raises UserError, on all processes alike, for more than half of them."""
+    """How many of the whole batch's rewards are not finite. Raises NotFinite, on all processes alike, for more than half of them."""
     lost = int((~torch.isfinite(rewards)).sum())
     if lost > MOST_LOST * len(rewards):
-        raise UserError(
+        raise NotFinite(
             f"Update {update}: reward '{name_of(reward)}' is not finite for {lost} of {len(rewards)} samples. Such samples take no part, "
             f"but above {MOST_LOST:.0%} too few are left to learn from. Give poor samples a low score, and NaN only to those that cannot "
             "be scored."

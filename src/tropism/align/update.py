@@ -14,6 +14,10 @@ AGREEMENT_EVERY = 10
 """Updates between measurements of how the parts of a combination agree; each costs one pass through the decoder a part."""
 
 
+class NotFinite(UserError):
+    """Rewards, gradients or weights of a run are no finite numbers any more: its settings, or its reward, blew it up."""
+
+
 def begin(
     model: Model, reward: Reward, batch: Batch, *, seed: int, update: int, steps: int, guidance: float
 ) -> tuple[Chain, Tensor]:

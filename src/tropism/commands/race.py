@@ -7,11 +7,13 @@ import io
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tropism.align.update import NotFinite
 from tropism.commands.train import METHODS, NOT_CONFIG, OF_FIT, align, bound, judge_of
 from tropism.core import UserError
 from tropism.prompts.batches import own_rows
@@ -27,27 +29,46 @@ from tropism.run.fit import fit
 from tropism.run.record import Recorder
 
 MOST_UPDATES = 100_000
-OF_RACE = ("out", "seed", "budget", "updates", "evaluate_every", "method", "options", "model", "reward", "watch")
+WITHOUT_EFFECT = ("ramp", "on_alarm", "trackers")
+"""Settings of `align` for a run that somebody looks at: those of a comparison are not watched, and their rewards are not ramped."""
+OF_RACE = (
+    *WITHOUT_EFFECT,
+    "out",
+    "seed",
+    "budget",
+    "updates",
+    "evaluate_every",
+    "method",
+    "options",
+    "model",
+    "reward",
+    "watch",
+)
 
 
 def plan_from(
     file: Path | None,
     methods: Sequence[str],
-    model: str,
+    model: str | None,
     reward: Sequence[str],
-    gold: str,
+    gold: str | None,
     watch: Sequence[str],
     prompts: str | None,
     budget: Sequence[str],
-    seeds: int,
+    seeds: int | None,
 ) -> Plan:
     """The plan of a file, or of a command line: one objective, every method with the six configurations of `race.plan.SEARCH`.
 
+    model, gold, seeds: by default the bundled shapes, the reward itself, and 5.
     Raises UserError for both, for no reward or no budget, and for what a plan cannot be.
     """
-    if file and methods:
-        raise UserError("Both --plan and --method are given. Write the methods into the plan, or leave it out.")
     if file:
+        flags = {"method": methods, "model": model, "reward": reward, "gold": gold, "watch": watch, "prompts": prompts}
+        given = [f"--{n}" for n, v in {**flags, "budget": budget, "seeds": seeds}.items() if v not in (None, [], ())]
+        if given:
+            raise UserError(
+                f"Both --plan and {', '.join(given)} are given. Write it into the plan, or leave --plan out."
+            )
         return read(file)
     if not (reward and budget):
         raise UserError(
@@ -55,11 +76,11 @@ def plan_from(
         )
     name = re.sub(r"[^\w.+-]+", "-", "+".join(reward)).strip("-.+") or "reward"
     found = {
-        "model": model,
-        "objectives": {name: {"reward": list(reward), "gold": gold, "watch": list(watch)}},
+        "model": model or "shapes",
+        "objectives": {name: {"reward": list(reward), "gold": gold or "reward", "watch": list(watch)}},
         "methods": {m: {"settings": {"eta": 1.0}} if m == "ddpo" else {} for m in methods},
         "budget": ledger.budget_of(budget),
-        "seeds": range(seeds),
+        "seeds": range(5 if seeds is None else seeds),
         "settings": {"evaluate_eta": 0.0, **({"prompts": prompts} if prompts else {})},
     }
     return plan_of(found)
@@ -83,7 +104,8 @@ def race(
     Raises UserError for a plan that cannot be.
     """
     out, only = Path(out), only or {}
-    place = {"device": device, "dtype": dtype, "threads": threads}
+    place = {"device": device, "threads": threads}
+    plan = replace(plan, settings={"dtype": dtype, **plan.settings})
     for entry in plan.entries:
         for config in entry.search:
             _resolved(plan, entry, config, {})
@@ -104,7 +126,9 @@ def race(
 
 
 def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
-    """Run a job unless it is kept. A search run that blows up has lost; a test run that does, or one that cannot start, ends it all."""
+    """Run a job unless it is kept. A search run that blows up has lost; one that ends for another reason, or a test run that ends for
+    any, ends the comparison and leaves nothing behind, so it is tried again when the comparison goes on.
+    """
     if runs.kept(out, plan, job):
         return
     Console(soft_wrap=True, highlight=False, markup=False).print(str(job))
@@ -112,8 +136,8 @@ def _done(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict
     try:
         _run(plan, job, out, place, bases)
     except UserError as error:
-        if job.is_test or not (folder / "metrics.jsonl").is_file():
-            raise
+        if job.is_test or not isinstance(error, NotFinite):
+            raise UserError(f"{job}: {error} What is finished is kept: start the comparison again to go on.") from error
         failed = str(error)
     runs.keep(out, plan, job, curves.evaluations(folder), failed)
     runs.curve(out, plan, job)  # a gold measure that is none is told now, and not after the whole search
@@ -133,6 +157,8 @@ def _resolved(
     asked = {**place, **plan.settings, **entry.settings, **config}
     common = [n for n in plan.settings if n in _anyones()]  # an option of some methods, meant for all that have it
     for name in asked:
+        if name in WITHOUT_EFFECT:
+            raise UserError(f"{entry.name} sets {name}, which has no effect in a comparison. Leave it out of the plan.")
         if name not in common:
             known(name, [*(n for n in defaults if n not in OF_RACE), *own], f"setting of {entry.name}")
     settings = {**defaults, **{n: v for n, v in asked.items() if n in defaults}}
@@ -145,7 +171,7 @@ def _anyones() -> set[str]:
 
 def _run(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[str, Evaluation]) -> None:
     """Train with the job's budget into the run's folder. bases: evaluations of base models so far, by how they were drawn."""
-    entry, objective, budget = job.entry, job.objective, runs.asked_of(plan, job)["budget"]
+    entry, objective, budget = job.entry, job.objective, runs.budget_of(plan, job)
     folder = job.file(out).with_suffix("")
     settings, options = _resolved(plan, entry, job.overlay, place)
     settings |= {"method": entry.method, "out": str(folder), "seed": job.seed, "watch": list(objective.watch)}

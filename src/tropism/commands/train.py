@@ -31,6 +31,7 @@ from tropism.run.fit import FitResult, fit
 from tropism.run.products import Judge, Products
 from tropism.run.record import Recorder
 from tropism.run.request import Request
+from tropism.run.sentinel import PATIENCE
 from tropism.run.watch import Watch
 
 METHODS = {
@@ -150,7 +151,7 @@ def align(
     step = bound(function, asked, normalise, numbers_of("ramp", ramp))
     if not dry_run:
         asked.embed()
-    remarks = [*asked.remarks, *(_examined(asked) if doctor and not resume else [])]
+    remarks = [*asked.remarks, *_seldom(asked), *(_examined(asked) if doctor and not resume else [])]
     if dry_run:
         return _say_ready(asked, remarks)
     config = _config(settings, asked, model, reward)
@@ -177,7 +178,23 @@ def align(
             budget=ledger.budget_of(budget),
             **{name: settings[name] for name in OF_FIT},
         )
+        for text in _seldom(asked, len(watching.seen)):
+            recorder.say(text)
     return Run(Path(out), judge.before, judge.after, result, products.difference)
+
+
+def _seldom(asked: Request, seen: int | None = None) -> list[str]:
+    """A line where watched rewards are looked at too seldom for an alarm. seen: evaluations of a run that has ended, else those planned."""
+    updates, every = asked.settings["updates"], asked.settings["evaluate_every"]
+    planned = 1 + (-(-updates // every) if every else 1)
+    is_told = seen is not None and planned <= PATIENCE
+    count = planned if seen is None else seen
+    if not asked.watch or asked.settings["on_alarm"] == "off" or is_told or count > PATIENCE:
+        return []
+    return [
+        f"What is watched can sound no alarm: that takes {PATIENCE + 1} evaluations, the base model's counted, and this run has {count}. "
+        "Try a smaller --evaluate-every."
+    ]
 
 
 def _examined(asked: Request) -> list[str]:

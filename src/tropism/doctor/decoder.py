@@ -55,6 +55,20 @@ def _is_shut(case: Case) -> bool:
 
 
 @torch.no_grad()
+def decoder_repeatable(case: Case) -> Iterator[Finding]:
+    """Two decodings of the same latents are equal: pictures before and after training differ by the training alone."""
+    latents = case.drawn[1]
+    apart = change(case.drawn[2], case.model.decode(case.model.process.complete(latents, latents)))
+    limit = SAME[torch.finfo(case.model.dtype).bits >= 32]
+    if apart > limit:
+        yield warning(
+            f"Two decodings of the same latents differ by {apart:.1%}, the limit is {limit:.1%}: the decoder draws noise of its own, so "
+            "runs do not repeat and pictures before and after training do not compare. Call .eval() on it, and take the mean of what it "
+            "predicts rather than a sample."
+        )
+
+
+@torch.no_grad()
 def decoder_scale(case: Case) -> Iterator[Finding]:
     """A diffusers VAE (the model's `vae`) is asked as its configuration says, and its -1..1 mapped to 0..1, red first.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tropism.core import Cond, Stream, noise
+from tropism.core import Cond, Draw, Stream, noise
 from tropism.doctor.case import NEGATIVE, Case, Finding, change, fault, finite, note, proof, warning
 from tropism.doctor.holds import modules_of
 from tropism.doctor.slopes import STEPS, TOLERANCE, UPDATE, directions, judge, precision
@@ -106,9 +106,10 @@ def time(case: Case) -> Iterator[Finding]:
 
 @torch.no_grad()
 def start(case: Case) -> Iterator[Finding]:
-    """The chain's start is the same for the same key, and another one for every sample."""
+    """The chain's start is the same for the same key, and another one for every sample and every update."""
     times = torch.tensor(case.times, dtype=torch.float64)
     again, _ = case.model.start(case.cond, case.draw, times)
+    later, _ = case.model.start(case.cond, Draw(case.seed, UPDATE + 1, case.batch.index), times)
     if not torch.equal(case.x, again):
         yield fault(
             "Two starts of the same samples differ: a resumed run would be another one, and pictures before and after could not be "
@@ -117,6 +118,11 @@ def start(case: Case) -> Iterator[Finding]:
     elif len(case.x) > 1 and case.x.is_floating_point() and torch.equal(case.x[0], case.x[1]):
         yield fault(
             "Every sample starts from the same noise, so a prompt has one picture only. Draw (B, *shape) from `draw` in `start`."
+        )
+    elif case.x.is_floating_point() and torch.equal(case.x, later):
+        yield warning(
+            "Every update starts from the same noise, so training sees few pictures again and again and learns these. Draw the noise from "
+            "`draw` in `start`, which is another one for every update, and keep none."
         )
 
 
@@ -229,8 +235,22 @@ def guidance(case: Case) -> Iterator[Finding]:
             "no rescaled or clipped guidance on purpose, compute uncond + w (cond - uncond); a model with distilled guidance says "
             "so by rows(w) == 1."
         )
+    elif (unheard := _unguided_time(case, first)) is not None:
+        yield warning(
+            f"Guidance {case.guidance:g} has no effect on the prediction at time {unheard:g}, though it has at {case.t:g}. If guidance is "
+            "not limited to a part of the chain on purpose, use w at every call of `predict`."
+        )
     else:
         yield proof(f"guidance is uncond + w (cond - uncond) to {curved:.1g}", curved)
+
+
+def _unguided_time(case: Case, cond: Cond) -> float | None:
+    """A later time of the chain at which the prediction does not change with w."""
+    for t in case.times[case.first + 1 : -1]:
+        off, on = (case.model.predict(case.x[:1], t, cond, w) for w in (1.0, 3.0))
+        if change(off, on) <= 2 * case.jitter:
+            return t
+    return None
 
 
 def _is_guided(case: Case) -> bool:

@@ -59,6 +59,8 @@ def reward_repeatable(case: Case) -> Iterator[Finding]:
     pictures, batch = case.pictures
     for name, part in case.parts:
         one, two = (scored(part, pictures, batch) for _ in range(2))
+        scored(part, _others(pictures), batch)
+        three = scored(part, pictures, batch)
         apart = _relative(one, two)
         if apart > NOISE:
             dropout = _dropout(part, case)
@@ -71,6 +73,19 @@ def reward_repeatable(case: Case) -> Iterator[Finding]:
                 f"Two calls of reward '{name}' on the same pictures differ by {apart:.1%}, the limit is {NOISE:.0e}: scores "
                 f"cannot be compared and a resumed run is another one. {remedy}."
             )
+        elif (moved := _relative(two, three)) > NOISE:
+            yield warning(
+                f"The scores of the same pictures under reward '{name}' change by {moved:.1%} once it has seen others, the limit is "
+                f"{NOISE:.0e}: it has a memory, so scores of two updates cannot be compared and a resumed run is another one. Leave "
+                "running means, records and counts out of it."
+            )
+
+
+def _others(pictures: Tensor) -> Tensor:
+    """Four other pictures: two negatives, one red and one blue."""
+    found = 1 - pictures
+    found[2:] = pictures.new_tensor([[1, 0, 0], [0, 0, 1]])[:, :, None, None]
+    return found
 
 
 def _dropout(part: Reward, case: Case) -> str:

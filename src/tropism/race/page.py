@@ -152,6 +152,16 @@ def reach(found: Tested, reference: str, column: str) -> list[Reach]:
     return rows
 
 
+def levels(plan: Plan, objective: Objective, found: Tested) -> list[dict[str, Any]]:
+    """Of the trained reward and of gold: how far the reference went, and where that is far enough, what all spent to get there."""
+    told = []
+    for column in dict.fromkeys(["reward", objective.gold]) if plan.level_of else ():
+        closed = gap(found, plan.level_of, column)
+        rows = reach(found, plan.level_of, column) if closed >= REACHED else []
+        told.append({"column": column, "gap": closed, "rows": rows})
+    return told
+
+
 # ---------------------------------------------------------------------------------------------------- page
 
 
@@ -179,18 +189,19 @@ def _section(plan: Plan, out: Path, objective: Objective) -> dict[str, Any]:
     drawn(plan, objective, found, measures).savefig(file, dpi=110)
     best = max(rows, key=lambda r: r.means[objective.gold]).name
     base = {m: float(np.mean([c.columns[m][0] for c in found[best]])) for m in measures}
-    levels = []
-    for column in dict.fromkeys(["reward", objective.gold]) if plan.level_of else ():
-        closed = gap(found, plan.level_of, column)
-        levels.append(
-            {"column": column, "gap": closed, "rows": reach(found, plan.level_of, column) if closed >= REACHED else []}
-        )
     return {
+        "budgets": {e.name: _budgets(plan, objective, e) for e in plan.entries},
         **{"objective": objective, "rows": rows, "measures": measures, "figure": uri(file), "best": best, "base": base},
         "paired": [paired(plan, objective, found, best, r.name) for r in rows if r.name != best],
-        "levels": levels,
+        "levels": levels(plan, objective, found),
         "pictures": _side_by_side(plan, out, objective),
     }
+
+
+def _budgets(plan: Plan, objective: Objective, entry: Entry) -> tuple[float, float]:
+    """What a search run and a test run of a method may spend on the plan's axis; 0 where nothing is searched."""
+    limit = lambda is_test: runs.budget_of(plan, Job(objective, entry, 0, plan.seeds[0], is_test))[plan.axis]
+    return limit(False) if plan.tuned(entry) else 0.0, limit(True)
 
 
 def _side_by_side(plan: Plan, out: Path, objective: Objective) -> str | None:

@@ -6,7 +6,8 @@ It holds the configuration and the evaluations, so a page can be drawn, and a co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tropism.race.plan import Entry, Objective, Plan
 from tropism.run.checks import known
 from tropism.run.evaluate import Evaluation
 from tropism.run.report import spread
+from tropism.run.request import fingerprint
 
 SHOWN = 8
 """Prompts whose pictures are kept of the first test run."""
@@ -53,14 +55,34 @@ class Job:
 
 
 def asked_of(plan: Plan, job: Job) -> dict[str, Any]:
-    """All that a run's result depends on, as plain values."""
+    """All that a run's result depends on, as plain values; of files that are named, a hash of their content."""
+    settings = {**plan.settings, **job.entry.settings, **job.overlay}
+    rewards = [*job.objective.reward, *job.objective.watch]
+    return {
+        **{"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method},
+        **{
+            "settings": settings,
+            "budget": budget_of(plan, job),
+            "prices": dict(job.objective.prices),
+            "seed": job.seed,
+        },
+        **{"watch": list(job.objective.watch), "prompts_each": plan.prompts_each, "evaluated_at": points_of(plan, job)},
+        "contents": _contents([plan.model, *rewards, settings.get("prompts"), settings.get("held_out")]),
+    }
+
+
+def budget_of(plan: Plan, job: Job) -> dict[str, float]:
+    """{axis: limit} of a run: the plan's, longer or shorter."""
     share = plan.longer.get(job.entry.name, 1.0) * plan.tuning_share
     if job.is_test:
         share = {**plan.longer, **job.objective.longer}.get(job.entry.name, 1.0)
-    own = {"model": plan.model, "reward": list(job.objective.reward), "method": job.entry.method}
-    budget = {axis: limit * share for axis, limit in plan.budget.items()}
-    settings = {**plan.settings, **job.entry.settings, **job.overlay}
-    return own | {"settings": settings, "budget": budget, "prices": dict(job.objective.prices), "seed": job.seed}
+    return {axis: limit * share for axis, limit in plan.budget.items()}
+
+
+def _contents(named: Sequence[Any]) -> dict[str, str]:
+    """Of every prompt file, and of every file of code that a text names, also inside brackets: some letters of its hash."""
+    parts = {p for text in named if isinstance(text, str) for p in (text, *re.split(r"[(),]", text))}
+    return {p: found.strip(" ()") for p in sorted(parts) if (found := fingerprint(p))}
 
 
 def points_of(plan: Plan, job: Job) -> list[float]:
@@ -70,7 +92,7 @@ def points_of(plan: Plan, job: Job) -> list[float]:
     if not job.is_test:
         return []
     parts = [i / plan.points for i in range(1, plan.points + 1)]
-    longer = asked_of(plan, job)["budget"][plan.axis] / plan.budget[plan.axis]
+    longer = budget_of(plan, job)[plan.axis] / plan.budget[plan.axis]
     return sorted({round(share, 12) for share in (*parts, *(p / longer for p in parts)) if share < 1})
 
 
@@ -90,11 +112,8 @@ def kept(out: Path, plan: Plan, job: Job) -> dict[str, Any] | None:
         return None
     told = json.loads(file.read_text("utf-8"))
     held, asked = _flat(told), _flat(json.loads(json.dumps(asked_of(plan, job))))
-    changed = [n for n in asked if held.get(n) != asked[n]] + [
-        n for n in held if n.startswith("settings ") and n not in asked
-    ]
-    if changed:
-        odd = changed[0]
+    odd = next((n for n in {**asked, **held} if held.get(n) != asked.get(n)), None)
+    if odd:
         raise UserError(
             f"{file} holds a run of something else than the plan asks for: {odd} {held.get(odd, 'unset')} instead of "
             f"{asked.get(odd, 'unset')}. Choose another --out, or take the plan it was begun with."
@@ -135,5 +154,6 @@ def pictures(out: Path, job: Job) -> tuple[list[str], Tensor, Tensor] | None:
 def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a run depends on, one level deep."""
     own = {n: told.get(n) for n in ("model", "reward", "method", "seed")}
-    inner = {f"{n} {k}": v for n in ("settings", "budget", "prices") for k, v in told.get(n, {}).items()}
-    return own | inner
+    looked = {n: told.get(n) for n in ("watch", "prompts_each", "evaluated_at")}
+    inner = {f"{n} {k}": v for n in ("settings", "budget", "prices", "contents") for k, v in told.get(n, {}).items()}
+    return own | inner | looked

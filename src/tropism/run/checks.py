@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from tropism.align.truncation import check_policy
-from tropism.align.update import reward_loss
+from tropism.align.update import NotFinite, reward_loss
 from tropism.core import Info, Model, UserError
 from tropism.run.ledger import budget_of
 from tropism.run.optimiser import schedule_of
@@ -187,10 +187,10 @@ def bad_rewards(info: Info) -> tuple[int, int]:
 
 
 def finite(update: int, loss: float, norm: float, bad: float, count: float, info: Info, kept: str) -> None:
-    """Raises UserError if the reward of any sample, the loss or the gradient is not finite; `kept` says what is safe."""
+    """Raises NotFinite if the reward of any sample, the loss or the gradient is not finite; `kept` says what is safe."""
     if bad:
         wrong = [n for n, v in info.columns.items() if n != "reward" and not bool(torch.isfinite(v).all())]
-        raise UserError(
+        raise NotFinite(
             f"Update {update}: the reward is not finite for {bad:.0f} of {count:.0f} samples ({bad / count:.0%})"
             + (f", in {', '.join(wrong)}" if wrong else "")
             + f". {kept} "
@@ -198,16 +198,16 @@ def finite(update: int, loss: float, norm: float, bad: float, count: float, info
         )
     if not (math.isfinite(loss) and math.isfinite(norm)):
         what = f"the gradient (norm {norm})" if math.isfinite(loss) else f"the loss ({loss})"
-        raise UserError(
+        raise NotFinite(
             f"Update {update}: {what} is not finite; the step was not taken. {kept} "
             "Try a smaller learning rate (--lr), or --dtype float32."
         )
 
 
 def weights_finite(parameters: Iterable[Tensor], update: int, kept: str) -> None:
-    """Raises UserError if an optimiser step left a weight that is not finite."""
+    """Raises NotFinite if an optimiser step left a weight that is not finite."""
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
-        raise UserError(
+        raise NotFinite(
             f"Update {update}: a trained weight is no longer finite after the step. {kept} Try a smaller --lr."
         )
 

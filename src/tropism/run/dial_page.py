@@ -96,7 +96,7 @@ class Dialled:
 
     @cached_property
     def fine(self) -> list[float]:
-        """The places from which the recommended one is chosen."""
+        """The places at which the prediction is drawn."""
         top = max(stop.place for stop in self.stops if not stop.group)
         return [round(i * FINE, 4) for i in range(round(top / FINE) + 1)]
 
@@ -108,11 +108,13 @@ class Dialled:
     @cached_property
     def recommended(self) -> tuple[Stop, dict[str, float], bool]:
         """(the setting, what is predicted there, whether it keeps enough diversity)."""
-        curves = {name: self.predicted(name, self.fine) for name in self.headline}
+        last = max([1.0, *self.probes])  # beyond it the prediction is a continued curve, and no measurement
+        places = [place for place in self.fine if place <= last]
+        curves = {name: self.predicted(name, places) for name in self.headline}
         chosen, enough = recommend(
             [curves[name] for name in self.rewards], curves.get("diversity"), self.base_diversity, self.keep
         )
-        place = self.fine[chosen]
+        place = places[chosen]
         weights = (place,) if self.adapters == 1 else (round(1 - place, 4), place)
         return Stop("", place, weights), {name: curve[chosen] for name, curve in curves.items()}, enough
 

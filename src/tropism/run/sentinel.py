@@ -22,6 +22,8 @@ SHARE = 0.15
 """Share of the gain at the best that must be lost."""
 PATIENCE = 2
 """Evaluations in a row that must say so."""
+ALIKE = 1e-6
+"""Spread, in units of the largest value, below which all pictures are worth the same."""
 
 COLLAPSED = 0.25
 """Share of their first value to which variety or colours of the training samples fall in a collapse."""
@@ -42,7 +44,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the update whose held-out score is highest. alarm: what is wrong, in a sentence, or "". falling: evaluations in a row."""
+    """best: the update whose held-out score is highest, of those at which nothing held out had fallen. alarm: what is wrong, in a sentence, or "". falling: evaluations in a row."""
 
     best: int
     alarm: str = ""
@@ -50,35 +52,52 @@ class Verdict:
 
 
 def scores(seen: Sequence[Seen]) -> Tensor:
-    """Held-out score (evaluations, n): each reward in units of its spread at the first evaluation, and their mean.
-
-    Where none is held out, the trained reward.
-    """
-    names = list(seen[0].held_out)
-    columns = [torch.stack([s.held_out[name].double() for s in seen]) for name in names]
+    """Every held-out reward (rewards, evaluations, n) in units of its spread at the first evaluation; without one, the trained reward."""
+    columns = [torch.stack([s.held_out[name].double() for s in seen]) for name in seen[0].held_out]
     columns = columns or [torch.stack([s.trained.double() for s in seen])]
-    units = [(c - c[0].mean()) / c[0].std(correction=0).clamp_min(1e-12) for c in columns]
-    return torch.stack(units).mean(0)
+    return torch.stack([(c - c[0].mean()) / _unit(c) for c in columns])
+
+
+def _unit(column: Tensor) -> Tensor:
+    """The spread of (evaluations, n) at the first; where all pictures were worth the same then, over all evaluations."""
+    least = ALIKE * column[0].abs().max()
+    spreads = [s for s in (column[0].std(correction=0), column.std(correction=0)) if s > least]
+    return spreads[0] if spreads else torch.ones_like(least)
 
 
 def assess(seen: Sequence[Seen]) -> Verdict:
-    """What the evaluations so far say, the first of them of the base model."""
-    score = scores(seen)
-    means = score.mean(1)
-    best = int(means.argmax())
-    falling = 0
-    for i in range(best + 1, len(seen)):
-        falling = falling + 1 if _has_fallen(seen, score, best, i) else 0
-    alarm = ""
-    if falling >= PATIENCE:
-        worst = min(seen[0].held_out, key=lambda name: _change(seen, name, best), default="the reward")
-        alarm = (
-            f"over-optimised: since update {seen[best].update} the trained reward rose by "
-            f"{(seen[-1].trained - seen[best].trained).double().mean().item():.3g}, while {worst} fell by {-_change(seen, worst, best):.3g}"
-            if seen[0].held_out
-            else ""
-        )
+    """What the evaluations so far say, the first of them of the base model.
+
+    The mean of the held-out rewards is asked, and each alone, so that one that rises hides none that falls. The best evaluation is
+    the one of the highest mean among those in which none of them had fallen.
+    """
+    columns = scores(seen)
+    whole = columns.mean(0)
+    falls = [_falls(seen, column) for column in (whole, *(columns if len(columns) > 1 else ()))]
+    means, fallen = whole.mean(1), {i for found in falls for i in found}
+    best = max((i for i in range(len(seen)) if i not in fallen), key=lambda i: means[i].item())
+    streaks = [next(k for k in range(len(seen)) if len(seen) - 1 - k not in found) for found in falls]
+    falling = max(streaks)
+    if falling < PATIENCE or not seen[0].held_out:
+        return Verdict(seen[best].update, "", falling)
+    since = falls[streaks.index(falling)][len(seen) - 1]
+    fell = (columns[:, -1] - columns[:, since]).mean(1)
+    worst = list(seen[0].held_out)[int(fell.argmin())]
+    rose = (seen[-1].trained - seen[since].trained).double().mean().item()
+    lost = (seen[since].held_out[worst] - seen[-1].held_out[worst]).double().mean().item()
+    alarm = f"over-optimised: since update {seen[since].update} the trained reward rose by {rose:.3g}, while {worst} fell by {lost:.3g}"
     return Verdict(seen[best].update, alarm, falling)
+
+
+def _falls(seen: Sequence[Seen], score: Tensor) -> dict[int, int]:
+    """Evaluations at which a score (evaluations, n) had fallen, each with the one before it that was the best till then."""
+    found, best = {}, 0
+    for i in range(1, len(seen)):
+        if _has_fallen(seen, score, best, i):
+            found[i] = best
+        if score[i].mean() > score[best].mean():
+            best = i
+    return found
 
 
 def _has_fallen(seen: Sequence[Seen], score: Tensor, best: int, now: int) -> bool:
@@ -88,12 +107,6 @@ def _has_fallen(seen: Sequence[Seen], score: Tensor, best: int, now: int) -> boo
     least = torch.maximum(Z * error, SHARE * (score[best].mean() - score[0].mean()).clamp_min(0))
     rose = seen[now].trained.double().mean() >= seen[best].trained.double().mean()
     return bool(-change.mean() > least) and bool(rose)
-
-
-def _change(seen: Sequence[Seen], name: str, best: int) -> float:
-    if name not in seen[0].held_out:
-        return 0.0
-    return (seen[-1].held_out[name] - seen[best].held_out[name]).double().mean().item()
 
 
 def collapsed(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -69,6 +69,7 @@ class Watch:
 
         update: updates done. before, now: network rows forward that the run had spent before and after it.
         """
+        self._forget(update)
         images = info.images
         if self.on_alarm == "off" or not is_main() or images is None or images.ndim != 4 or images.shape[1] != 3:
             return {}
@@ -116,13 +117,23 @@ class Watch:
         numbers: dict[str, Any] = self.judge(update)
         if self.on_alarm == "off":
             return numbers
-        self.seen = {u: s for u, s in self.seen.items() if u < update} | {update: seen_of(update, self.judge.after)}
-        self.returns = {at: to for at, to in self.returns.items() if at < update}
+        self._forget(update)
+        self.seen[update] = seen_of(update, self.judge.after)
         self._judge()
         if self.verdict.best == update:
             self._keep_best(update)
         self._remember()
         return numbers | {"best": self.verdict.best}
+
+    def _forget(self, update: int) -> None:
+        """What a run that goes on before this update has not seen yet: it was resumed at a checkpoint that is older than its memory."""
+        if all(u < update for u in (*self.seen, *self.returns)):
+            return
+        self.seen = {u: s for u, s in self.seen.items() if u < update}
+        self.returns = {at: to for at, to in self.returns.items() if at < update}
+        self.verdict = Verdict(0)
+        if self.seen:
+            self._judge()
 
     def _judge(self) -> None:
         """The verdict on what was seen, but for evaluations that the run has gone back behind."""
