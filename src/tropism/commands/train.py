@@ -122,8 +122,7 @@ def align(
 ) -> Run | None:
     """Change a model's weights so that its samples score higher, and leave a run folder. Returns the finished run.
 
-    method: alignprop, draft, draft-lv, refl, drtune, ddpo.
-    model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
+    method: a name in METHODS. model: a bundled name, a diffusers folder, a hub id, "file.py:Class", or a Model.
     reward: a name, "NAME=WEIGHT", "file.py:function", any callable (images, batch) -> (B,), or several of these.
     prompts: a .txt, .jsonl or .csv file (with wildcards), a bundled set, `org/name[:column][@split]` on the hub, or a list;
     held_out: the same, else a tenth of the prompts is kept for evaluation.
@@ -141,8 +140,7 @@ def align(
     evaluate_steps, evaluate_guidance, evaluate_eta: deployment settings, default those of training. watch: rewards that evaluations
     measure beside it and nothing is trained on, as many as there are. on_alarm: when these fall while the trained reward rises, or
     the samples become all alike, "keep" the best weights beside the last, "stop" with them, "shrink": go back to them at half the
-    rate, or "off": do not watch. dry_run: check everything, then stop.
-    doctor: prove first, in seconds, that the gradient arrives; a fault is a UserError.
+    rate, or "off": do not watch. dry_run: check everything, then stop. doctor: prove first that the gradient arrives, else UserError.
     Raises UserError for anything that cannot be, before the first update where possible.
     """
     settings = {k: v for k, v in locals().items() if k not in NOT_CONFIG}
