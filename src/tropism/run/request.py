@@ -55,7 +55,8 @@ class Request:
 
     def batch(self, update: int) -> Batch:
         """All rows of an update's batch; a pure function."""
-        return batch_of(self.train, *(self.settings[n] for n in ("batch", "seed")), update, self.settings["per_prompt"])
+        size, seed, group = (self.settings[n] for n in ("batch", "seed", "per_prompt"))
+        return batch_of(self.train, size, seed, update, group)
 
     def embed(self) -> None:
         """Embed the prompts that the run and its doctor will ask for and free the text encoders, where the model can."""
