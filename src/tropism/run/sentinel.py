@@ -44,7 +44,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the update whose held-out score is highest, of those at which nothing held out had fallen. alarm: what is wrong, in a sentence, or "". falling: evaluations in a row."""
+    """best: the update whose held-out score is highest, of those at which nothing held out had fallen.
+
+    alarm: what is wrong, in a sentence, or "". falling: evaluations in a row.
+    """
 
     best: int
     alarm: str = ""
