@@ -210,9 +210,7 @@ def compare(
     method: Annotated[list[str], typer.Option(help="A method to run, with the search of six; repeatable.")] = [],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="With --method (default: shapes): " + HELP["model"])] = None,
     reward: Annotated[list[str], typer.Option(help="With --method: " + HELP["reward"])] = [],  # noqa: B006
-    gold: Annotated[
-        str | None, typer.Option(help="With --method: what settles which is better (default: reward).")
-    ] = None,
+    gold: Annotated[str | None, typer.Option(help="With --method: the measure that settles (default: reward).")] = None,
     watch: Annotated[list[str], typer.Option(help="With --method: " + HELP["watch"])] = [],  # noqa: B006
     prompts: Annotated[str | None, typer.Option(help="With --method: " + HELP["prompts"])] = None,
     budget: Annotated[list[str], typer.Option(help="With --method, of a run: " + HELP["budget"])] = [],  # noqa: B006
