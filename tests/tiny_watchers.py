@@ -1,7 +1,10 @@
-"""A tiny SegFormer and a tiny YOLOS of random weights."""
+"""A tiny SegFormer, YOLOS and DETR of random weights."""
 
 from tiny_detector import lively
 from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     YolosConfig,
@@ -23,3 +26,14 @@ def tiny_yolos():
         num_detection_tokens=10, num_labels=4,
     )  # fmt: skip
     return lively(YolosForObjectDetection(config))
+
+
+def tiny_detr():
+    eyes = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = DetrConfig(
+        backbone_config=eyes, use_timm_backbone=False, d_model=32, encoder_layers=1, decoder_layers=1, **heads, num_queries=10, num_labels=4
+    )  # fmt: skip
+    return lively(DetrForObjectDetection(config))

@@ -2,7 +2,9 @@ import itertools
 
 import pytest
 import torch
-from tiny_watchers import tiny_yolos
+from tiny_watchers import tiny_detr, tiny_yolos
+from transformers import AutoModelForObjectDetection
+from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from tropism.core import UserError
@@ -87,10 +89,14 @@ def test_crowds_are_matched_as_the_rule_says():
 SMALL = Preparation((32,), mode="bilinear", mean=USUAL.mean, std=USUAL.std)
 
 
+FAMILIES = {"yolos": (tiny_yolos, YolosImageProcessorPil), "detr": (tiny_detr, DetrImageProcessorPil)}
+
+
 @torch.no_grad()
-def test_boxes_are_those_of_transformers():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boxes_are_those_of_transformers(family):
     images = torch.rand(3, 3, 24, 40, generator=torch.Generator().manual_seed(2))
-    model, processor = tiny_yolos(), YolosImageProcessorPil()
+    model, processor = (make() for make in FAMILIES[family])
     theirs = processor.post_process_object_detection(model(pixel_values=SMALL(images)), 0.4, [(24, 40)] * 3)
     ours = Detector(model, SMALL, sure=0.4).detections(images)
     for mine, other in zip(ours, theirs, strict=True):
@@ -100,10 +106,17 @@ def test_boxes_are_those_of_transformers():
     assert 0 < sum(counts) < 30, "some are sure and some are not"
 
 
-def test_from_a_folder(tmp_path):
+def test_from_a_folder(tmp_path, monkeypatch):
     tiny_yolos().save_pretrained(tmp_path)
     YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(tmp_path)
     found = detector(str(tmp_path))
     assert found.prepare == SMALL
     images = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(2))
     assert [(a.swaps, a.insertions, a.omissions) for a in found.agreement(images, images)] == [(0, 0, 0)] * 2
+
+    def needs_timm(*_, **__):
+        raise ImportError("requires the timm library")
+
+    monkeypatch.setattr(AutoModelForObjectDetection, "from_pretrained", needs_timm)
+    with pytest.raises(UserError, match=r"No object detector could be read from .*: requires the timm library"):
+        detector(str(tmp_path))

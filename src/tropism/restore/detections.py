@@ -17,7 +17,7 @@ from tropism.core import UserError
 from tropism.rewards.frozen import Frozen, at_least_float32
 from tropism.rewards.objects import overlaps
 from tropism.rewards.pixels import Preparation, published
-from tropism.rewards.sources import configuration, pretrained
+from tropism.rewards.sources import configuration, pretrained, unreadable
 
 SOURCE = "hustvl/yolos-small"
 USUAL = Preparation((512,), mode="bilinear", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -101,4 +101,8 @@ def detector(source: str = SOURCE) -> Detector:
 
     what = "object detector"
     configuration(source, ("yolos", "detr"), what, SOURCE)
-    return Detector(pretrained(AutoModelForObjectDetection, source, what, SOURCE), published(source, USUAL))
+    try:
+        model = pretrained(AutoModelForObjectDetection, source, what, SOURCE)
+    except ImportError as error:  # some DETRs have a backbone of timm
+        raise unreadable(source, what, error, SOURCE) from error
+    return Detector(model, published(source, USUAL))
