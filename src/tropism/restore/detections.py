@@ -67,7 +67,8 @@ def agreement(found: Detections, wanted: Detections, overlap: float = OVERLAP) -
     mine, theirs, same = set[int](), set[int](), 0
     for _, other, i, j in sorted(pairs):
         if i not in mine and j not in theirs:
-            mine.add(i), theirs.add(j)
+            mine.add(i)
+            theirs.add(j)
             same += not other
     return Agreement(same, len(mine) - same, n - len(mine), m - len(theirs))
 

@@ -65,7 +65,9 @@ class FeatureDistance:
         name: str = "feature-distance",
         source: str = "a module",
     ):
-        _check("tokens", tokens, TOKENS), _check("metric", metric, METRICS), _check("reduce", reduce, REDUCTIONS)
+        _check("tokens", tokens, TOKENS)
+        _check("metric", metric, METRICS)
+        _check("reduce", reduce, REDUCTIONS)
         if not 0 < worst <= 1:
             raise UserError(
                 f"worst is {worst:g}; it is the share of the patches that count, above 0 and at most 1. Try 0.1."

@@ -39,7 +39,7 @@ def references_of(batch: Batch, name: str) -> list[Reference]:
 
 def of_tensor(picture: Tensor) -> Reference:
     """A picture (3, H, W); its key is a digest of its numbers."""
-    data = picture.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return (hashlib.blake2b(data, digest_size=16).digest(), tuple(picture.shape), picture.dtype), lambda: picture
 
 

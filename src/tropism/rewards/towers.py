@@ -75,9 +75,11 @@ class Tower(nn.Module):
         """Normalised pixels (B, 3, h, w), both sides multiples of `patch` -> one Layer a block, maps (B, C, h / patch, w / patch)."""
         # Not the model's own hidden_states: for some families the last of them is already normalised, for others not.
         seen, (blocks, norm) = list[Tensor](), self.parts()
-        hooks = [
-            b.register_forward_hook(lambda _, __, x: seen.append(x[0] if isinstance(x, tuple) else x)) for b in blocks
-        ]
+
+        def keep(_: nn.Module, __: Any, out: Any) -> None:
+            seen.append(out[0] if isinstance(out, tuple) else out)
+
+        hooks = [block.register_forward_hook(keep) for block in blocks]
         try:
             out = self.model(pixel_values=images, **self.options)
         finally:
