@@ -11,6 +11,8 @@ from tropism.rewards.aesthetic import Aesthetic, Head
 from tropism.rewards.clip import ClipScore
 from tropism.rewards.combine import weighted
 from tropism.rewards.count import Count, Counter
+from tropism.rewards.feature_distance import LPIPS_LIKE
+from tropism.rewards.low_res import LowResConsistency
 from tropism.rewards.named import Named
 from tropism.rewards.objects import ObjectCount, ObjectPresence
 from tropism.rewards.pickscore import PickScore
@@ -38,6 +40,9 @@ REWARDS = {
     "object count": lambda clip: tiny_catalogue.detections(ObjectCount),
     "object presence": lambda clip: tiny_catalogue.detections(ObjectPresence),
     "features": lambda clip: tiny_catalogue.likeness(),
+    "feature distance": lambda clip: tiny_catalogue.distance(),
+    "lpips-like": lambda clip: tiny_catalogue.distance(**LPIPS_LIKE),
+    "low-res consistency": lambda clip: LowResConsistency(),
     "vqa": lambda clip: tiny_catalogue.asked(),
     "mixed sum": lambda clip: weighted([(Count(seeded(Counter)), 1), (jpeg.black_box(), 0.3)]),
 }
@@ -51,7 +56,8 @@ def reward(request, clip):
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(8)
-    return Batch(PROMPTS, reference=torch.rand(4, 3, 56, 56, generator=generator, dtype=torch.float64))
+    reference, low = (torch.rand(4, 3, n, n, generator=generator, dtype=torch.float64) for n in (56, 16))
+    return Batch(PROMPTS, reference=reference, low_res=low)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,7 +10,7 @@ from tiny_siglip import tiny_siglip
 from tiny_vlm import tiny_llava
 from tiny_words import bert_words, clip_words
 
-from tropism.rewards import aesthetic, features, hps, imagereward, objects, pixels, vqa
+from tropism.rewards import aesthetic, feature_distance, features, hps, imagereward, objects, pixels, towers, vqa
 from tropism.rewards.clip import Clip, ClipScore
 
 
@@ -60,3 +60,7 @@ def asked():
     model, words = tiny_llava()
     family = vqa.Llava(pixels.Preparation((48,), (48, 48)), model.config.image_token_id)
     return vqa.Vqa(vqa.full_precision(model), words, family, vqa.CHAT["llava"])
+
+
+def distance(**choice):
+    return feature_distance.FeatureDistance(towers.Tower(tiny_dino(), size=56), **choice)

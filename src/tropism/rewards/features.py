@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from tropism.core import Batch, UserError
+from tropism.core import Batch
 from tropism.rewards.frozen import Frozen, at_least_float32
 from tropism.rewards.pixels import Preparation, published
+from tropism.rewards.references import check_references, read_picture
 from tropism.rewards.sources import NOT_CONFIRMED, About, configuration, pretrained
 
 SOURCE = "facebook/dinov2-base"
@@ -55,12 +54,7 @@ class FeatureSimilarity:
 
     def check_meta(self, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> None:
         """Raises UserError if a prompt has no reference picture."""
-        for prompt, known in zip(prompts, meta, strict=True):
-            if not known.get("reference"):
-                raise UserError(
-                    f"The reward {self.name} compares with a reference picture and the batch has none for {prompt[:60]!r}. Give one a "
-                    'prompt: in a .jsonl file {"prompt": "a cat", "reference": "cat.png"}, in Python Batch(prompts, reference=pictures).'
-                )
+        check_references(self.name, prompts, meta)
 
     def _of_file(self, file: str, like: Tensor) -> Tensor:
         """The features (width,) of a picture's file, kept."""
@@ -68,16 +62,6 @@ class FeatureSimilarity:
         if key not in self._kept:
             self._kept[key] = self.features(read_picture(file).to(like)[None])[0]
         return self._kept[key]
-
-
-def read_picture(file: str) -> Tensor:
-    """(3, H, W) in [0, 1]. Raises UserError for a file that is no picture."""
-    try:
-        with Image.open(file) as opened:
-            pixels = np.array(opened.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"The reference picture {file} cannot be read: {error}. Give a PNG or JPEG file.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def feature_similarity(source: str = SOURCE) -> FeatureSimilarity:

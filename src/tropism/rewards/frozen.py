@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ class Frozen:
 
     def __init__(self, module: nn.Module):
         module = module.eval().requires_grad_(False)
-        first = next(module.parameters())
+        first = next(chain(module.parameters(), module.buffers()), torch.empty(0))  # some have neither
         self.module = module
         self._copies = {(first.dtype, first.device): module}
 

@@ -16,11 +16,13 @@ from tropism.rewards import (
     clip,
     count,
     docking,
+    feature_distance,
     features,
     genome,
     hps,
     imagereward,
     jpeg,
+    low_res,
     objects,
     pickscore,
     spelled,
@@ -47,6 +49,7 @@ BUILT_IN = {
     "sa": chemistry.synthesis,
     "logp-window": chemistry.logp_window,
     "pharmacophore": chemistry.pharmacophore,
+    "lr-consistency": low_res.LowResConsistency,
 }
 # "NAME" with its published weights, or "NAME:SOURCE" with those of a file, a folder or a hub id.
 CATALOGUE: dict[str, Callable[..., Reward]] = {
@@ -58,13 +61,16 @@ CATALOGUE: dict[str, Callable[..., Reward]] = {
     "count": objects.object_count,
     "objects": objects.object_presence,
     "features": features.feature_similarity,
+    "feature-distance": feature_distance.feature_distance,
+    "lpips-like": feature_distance.lpips_like,
     "vqa": vqa.vqa_score,
 }
 _FORMS = (
-    "clip:SOURCE (a folder or hub id), hps:v2, hps:v2.1, dock:COMMAND, http://HOST:PORT, old:file.py:function, "
-    "bridge:MODULE:ATTRIBUTE, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
+    "clip:SOURCE (a folder or hub id), feature-distance:SOURCE?KEY=VALUE, hps:v2, hps:v2.1, dock:COMMAND, http://HOST:PORT, "
+    "old:file.py:function, bridge:MODULE:ATTRIBUTE, file.py:function, and of these product(A,B), minimum(A,B), hinge(A,C), target(A,C)"
 )
 URL = ("http://", "https://")
+_WITH_QUERY = (*URL, "feature-distance", "lpips-like")
 _WITHOUT_GRADIENT = "align ddpo --eta 1, guide svdd, guide smc or guide best-of-n"
 
 
@@ -88,7 +94,7 @@ def split(text: str) -> tuple[str, float]:
     if spelled.is_spelled(text) or text.startswith("dock:"):  # a command has "=" of its own
         return text, 1.0
     name, equals, weight = text.rpartition("=")
-    if text.startswith(URL) and name.rpartition("?")[2].rpartition("&")[2].count("=") < ("?" in name):
+    if text.startswith(_WITH_QUERY) and name.rpartition("?")[2].rpartition("&")[2].count("=") < ("?" in name):
         return text, 1.0  # the "=" of KEY=VALUE in a query
     if not equals or ":" in weight or "/" in weight:  # an "=" inside a path is not a weight
         return text, 1.0
@@ -108,9 +114,9 @@ def _named(name: str) -> Reward:
         return spelled.read(name, _named, split)
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    kind, colon, source = name.partition(":")
+    kind = name.partition("?")[0].partition(":")[0]
     if kind in CATALOGUE and ".py:" not in name:
-        return _of_catalogue(kind, source if colon else None)
+        return _of_catalogue(kind, name.removeprefix(kind).removeprefix(":") if name != kind else None)
     if name.startswith("dock:"):
         return docking.Docking(name.removeprefix("dock:"))
     if name.startswith(URL):

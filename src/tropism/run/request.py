@@ -94,7 +94,8 @@ def read(
     hyper = _resolved(function, model_, options)
     train, held = prompts_for(settings, model, model_)
     held = [held[i] for i in report.spread(len(held), settings["evaluate_prompts"])]
-    check_prompts(reward_, [p.text for p in train + held], [dict(p.meta) for p in train + held])
+    plain = [p for p in train + held if not p.fill]  # what pictures bring is known with the first batch
+    check_prompts(reward_, [p.text for p in plain], [dict(p.meta) for p in plain])
     watch = _watched(settings["watch"], held)
     negatives = [p.negative for p in train + held]
     check_chain(model_, hyper, settings["evaluate_steps"], settings["evaluate_guidance"], negatives)
