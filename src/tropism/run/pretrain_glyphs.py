@@ -27,7 +27,7 @@ from tropism.run.pretrain_loop import train
 from tropism.worlds import glyphs, glyphs_features, glyphs_posterior, glyphs_reading
 
 BATCH = 32
-LENGTHS = {"denoiser": 5000, "features": 1500, "judge": 1500}
+LENGTHS = {"denoiser": 5000, "features": 2500, "judge": 2500}
 """Updates of every stage."""
 HELD_OUT = 0
 """The seed of scenes that evaluations take: training draws by generators of its own."""
@@ -152,7 +152,7 @@ def spoilt_scenes(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]
     x = (1 - radius.clamp(max=1)) * x + radius.clamp(max=1) * F.avg_pool2d(x, 3, 1, 1)
     gain = number(glyphs_reading.LEAST_GAIN, 1)
     x = gain * x + (1 - gain) * number(0, 1)
-    shift = rng.integers(-1, 2, 2).tolist()
+    shift = rng.integers(-glyphs_reading.MOST_SHIFT, glyphs_reading.MOST_SHIFT + 1, 2).tolist()
     x = x.roll(shift, (2, 3)) + number(0, 0.15) * torch.from_numpy(rng.standard_normal(x.shape, np.float32))
     one = lambda states: F.one_hot(glyphs.classes(states), glyphs.CLASSES).float()
     part = share.view(-1, 1, 1)
