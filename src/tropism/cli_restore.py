@@ -13,7 +13,7 @@ from tropism.flags import HIDDEN, flags, plain_command
 app = typer.Typer(
     no_args_is_help=True, help="How much of restored pictures is invented, and how far its judges agree with people."
 )
-_SPOKEN = re.compile(r"\b([a-z_]+)=([\w.,:/+-]*\w|\([^)]*\))")
+_SPOKEN = re.compile(r"(?<![\w/?&.-])([a-z]+(?:_[a-z]+)*)\b(?:=([\w.,:/+-]*\w|\([^)]*\)))?(?![\w/])")
 
 HELP = {
     "sr": "The restored pictures: a folder, or one file.",
@@ -101,16 +101,15 @@ def _spoken(function: Callable) -> Callable:
 
 
 def as_flags(text: str, names: Collection[str]) -> str:
-    """A message to Python users as one to users of the command: `max_tokens=1024` is `--max-tokens 1024`, `common=True` its flag."""
-    bare = "|".join(name for name in names if "_" in name)  # words that only an argument can be
+    """A message to Python users as one to users of the command: `max_tokens=1024` is `--max-tokens 1024`, `common=True` its flag.
+
+    Of words without a value only those with a low line can be nothing but an argument.
+    """
 
     def flag(found: re.Match) -> str:
-        if found[1] not in names:
+        name, value = found[1], found[2]
+        if name not in names or (value is None and "_" not in name):
             return found[0]
-        return flag_of(found[1]) if found[2] == "True" else f"{flag_of(found[1])} {found[2]}"
+        return f"--{name.replace('_', '-')}" + ("" if value in (None, "True") else f" {value}")
 
-    return re.sub(rf"(?<![\w-])({bare})(?!\w)", lambda found: flag_of(found[1]), _SPOKEN.sub(flag, text))
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return _SPOKEN.sub(flag, text)

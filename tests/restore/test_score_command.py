@@ -148,7 +148,7 @@ def test_without_references_it_says_what_it_cannot_know(server, score, tmp_path)
     folders.write(tmp_path, 3)
     assert score(roles="sr lr")[0] == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "No references were given" in page and "lower bound" in page and "no reference" in page
+    assert "No references were given" in page and "tend to be too low" in page and "no reference" in page
     assert {r["mode"] for r in table(tmp_path / "out" / "scores.csv")} == {"lr_only"}
     assert [label for label, _ in server.pictures[0]] == ["A", "C"]
 
@@ -194,21 +194,31 @@ def test_what_a_viewer_shows_is_what_is_judged(kind, server, score, tmp_path):
 
 
 def test_a_picture_of_20_000_pixels(server, score, tmp_path, monkeypatch):
-    """Read in bands, shown as far as the tiles reach, and said so; with tiles, invented detail in one part is found."""
+    """Read in bands, shown as far as the tiles reach, and said so; what is invented in one part is found and placed there."""
     gt = folders.noisy(20_000, 48)
     sr = gt.copy()
-    sr[:5000] = 255 - sr[:5000]
+    sr[:5000] = 255
     saved(Image.fromarray(sr), tmp_path / "sr" / "long.png", compress_level=1)
     saved(Image.fromarray(gt), tmp_path / "gt" / "long.png", compress_level=1)
     monkeypatch.setattr(loading, "BAND", 100_000)
     monkeypatch.setattr(Picture, "whole", None)
     windows, window = [], Picture.window
     monkeypatch.setattr(Picture, "window", lambda self, *at: windows.append(at[2] * at[3]) or window(self, *at))
+
+    def judged(body):
+        shown = {label: x.astype(float) for label, x in judge_stub.seen(body)}
+        rows = (shown["B"] != shown["C"]).mean((1, 2)) > 0.5
+        item = {"box": [0, 0, 1, float(rows.mean())], "kind": "added", "severity": 3, "description": "white"}
+        return json.dumps({"items": [item] if rows.any() else [], "score": 5 if rows.mean() > 0.4 else 2})
+
+    server.respond = judged
     code, _, said = score("--tiles", 2, roles="sr gt")
     assert code == 0, said
     assert max(windows) <= 100_000 and sum(windows) == 4 * gt[..., 0].size, "scored once and shown once"
-    sizes = {x.shape[0] for shown in server.pictures for _, x in shown}
-    assert sizes == {1024} and len(server.requests) == 5
+    assert {x.shape[0] for shown in server.pictures for _, x in shown} == {1024} and len(server.requests) == 5
+    row = table(tmp_path / "out" / "scores.csv")[0]
+    assert row["score"] == "5.0", "half of an upper tile, a quarter of the whole"
+    assert [item["box"][3] for item in json.loads(row["items"])] == pytest.approx([0.25] * 3, abs=0.01)
     assert "20,000 pixels on the longest side shown as 2,048" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -115,9 +115,8 @@ def unknown(told: Scored) -> list[str]:
     if told.mode == "lr_only":
         said = [
             "No references were given. The judge saw what went in and what came out, so it finds only what contradicts the input. Detail "
-            "that fits the input and is wrong all the same (another digit, another face, other words) is not seen, and is most of what "
-            "an upscaler invents.",
-            "So these scores are a lower bound, and they must not be compared with scores made with references.",
+            "that fits the input and is wrong all the same (another digit, another face, other words) is not seen.",
+            "So these scores tend to be too low, and they must not be compared with scores made with references.",
         ]
     if told.mode == "gt_only":
         said = [
