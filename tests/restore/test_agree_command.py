@@ -171,7 +171,7 @@ def test_a_judge_on_the_benchmark(run, library, tmp_path):
     for source in (vha, "dhryou/VHA-bench"):
         assert run("agree", "--scores", out / "scores.csv", "--benchmark", source)[0] == 0
         rows = [r for r in table(out / "agreement.csv") if r["measure"] in ("spearman", "kappa")]
-        assert {r["group"]: r["pictures"] for r in rows} == {"all pictures": "10", "SeeSR": "5", "VOSR": "5"}
+        assert {r["group"]: r["pictures"] for r in rows} == {"All": "10", "SeeSR": "5", "VOSR": "5"}
         assert {float(r["value"]) for r in rows} == {1.0}
     assert "mixture of methods" in (out / "agreement.html").read_text()
     code, _, said = run("benchmark", "--out", vha)

@@ -25,7 +25,7 @@ DIRECTIONS = {"worse": True, "better": False, None: None}
 PEOPLE = "people.csv"
 FORM_PIXELS = 4096
 """Pixels of the longest side that people can look at side by side."""
-ALL = "all pictures"
+ALL = "All"
 
 
 def agree(
@@ -69,7 +69,8 @@ def agree(
     say = Console(soft_wrap=True, highlight=False, markup=False).print
     for text in [*said, *(f"{name}: {group.found}" for name, group in groups.items())]:
         say(text)
-    page = agreed.write(folder, groups, Path(scores).name, other.source, said, command)
+    whose = "people's" if exact is None else "known"
+    page = agreed.write(folder, groups, Path(scores).name, other.source, whose, said, command)
     say(f"See {page}; the table is {folder / agreed.TABLE}.")
     return groups
 

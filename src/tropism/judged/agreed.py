@@ -76,9 +76,12 @@ def rows(found: Agreement) -> Iterator[tuple[str, str, str, float | None, float 
 
 
 def write(
-    folder: Path, groups: Mapping[str, Group], scores: str, other: str, said: Sequence[str], command: str
+    folder: Path, groups: Mapping[str, Group], scores: str, other: str, whose: str, said: Sequence[str], command: str
 ) -> Path:
-    """agreement.csv (group, pictures, measure, value, low, high, why) and agreement.html; returns the page. Raises UserError."""
+    """agreement.csv (group, pictures, measure, value, low, high, why) and agreement.html; returns the page. Raises UserError.
+
+    scores, other: the two sides' names. whose: whose numbers the other side's are, for the drawing. said: of the raters.
+    """
     stream = io.StringIO()
     table = csv.writer(stream)
     table.writerow(["group", "pictures", "measure", "value", "low", "high", "why"])
@@ -94,6 +97,7 @@ def write(
             groups=[(name, of, list(rows(of.found)), dots(of.points)) for name, of in groups.items()],
             scores=scores,
             other=other,
+            whose=whose,
             said=said,
             command=command,
         )
