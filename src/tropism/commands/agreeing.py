@@ -112,7 +112,8 @@ def _compared(
     scores: Scores, human: Scores | Ratings, names: set[str], common: bool, above: float | None, seed: int
 ) -> agreed.Group:
     """names: of one group, empty for all."""
-    mine, theirs = (agreed.only(side, names) if names else side for side in (scores, human))
+    mine = agreed.only(scores, names) if names else scores
+    theirs = human if not names else agreed.only(human, names)
     return agreed.group(mine, theirs, agreement(mine, theirs, above=above, common=common, seed=seed))
 
 

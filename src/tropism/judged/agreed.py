@@ -7,6 +7,7 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 from tropism.restore.agreement import MEASURES, Agreement
 from tropism.restore.ratings import Ratings, Scores
@@ -55,7 +56,11 @@ def group(scores: Scores, human: Scores | Ratings, found: Agreement) -> Group:
     return Group(found, tuple((name, x[name], y[name]) for name in x if name in y))
 
 
-def only(side: Scores | Ratings, names: Collection[str]):
+@overload
+def only(side: Scores, names: Collection[str]) -> Scores: ...
+@overload
+def only(side: Ratings, names: Collection[str]) -> Ratings: ...
+def only(side: Scores | Ratings, names: Collection[str]) -> Scores | Ratings:
     """One side of some pictures."""
     if isinstance(side, Ratings):
         return replace(side, levels={n: given for n, given in side.levels.items() if n in names})
