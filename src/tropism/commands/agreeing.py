@@ -87,16 +87,21 @@ def _given(whose: str, direction: str | None, read):
 
 
 def _other_side(
-    people: Sequence[str], key: object, exact: object, exact_column: str, benchmark: str | None, direction: str | None
+    people: Sequence[str],
+    key: str | Path | None,
+    exact: str | Path | None,
+    exact_column: str,
+    benchmark: str | None,
+    direction: str | None,
 ) -> tuple[Scores | Ratings, dict[str, str], list[str]]:
     """(what people or a count say, {name: method} of a benchmark, what to tell of the raters)."""
     if people and key is not None and all(Path(p).suffix.lower() == ".json" for p in people):
-        answers = read_answers(str(key), people)
+        answers = read_answers(key, people)
         return answers.ratings, {}, str(answers).splitlines()
     if people:
-        return _given("people", direction, lambda up: read_people(people, key and str(key), up)), {}, []
+        return _given("people", direction, lambda up: read_people(people, key, up)), {}, []
     if exact is not None:
-        read = lambda up: read_scores(str(exact), column=exact_column, higher_is_worse=up, levels=False)
+        read = lambda up: read_scores(exact, column=exact_column, higher_is_worse=up, levels=False)
         return _given("people", direction, read), {}, []
     file = Path(str(benchmark)) / PEOPLE
     if file.is_file():
