@@ -18,9 +18,10 @@ ORDER = [
     {"scene"},
     {"doctor"},
     {"run"},
-    {"race"},
+    {"race", "judged"},
     {"commands"},
     {"flags"},
+    {"cli_restore"},
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}

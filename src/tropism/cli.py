@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from tropism.flags import HELP, HIDDEN, flags, number, optional
+from tropism import cli_restore
+from tropism.flags import HELP, HIDDEN, command_line, flags, number, optional, plain_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +29,7 @@ align_app = typer.Typer(no_args_is_help=True, help="Change a model's weights so 
 app.add_typer(align_app, name="align")
 guide_app = typer.Typer(no_args_is_help=True, help="Draw samples that score higher, without changing a weight.")
 app.add_typer(guide_app, name="guide")
+app.add_typer(cli_restore.app, name="hallucination")
 
 
 def _config(context: typer.Context, value: Path | None) -> Path | None:
@@ -64,7 +65,7 @@ def _method_command(command: Callable, method: str, function: Callable, bound: t
 
     def run(config: Path | None = None, **values: Any) -> None:
         given = {p.name: number(values.pop(p.name)) for p in own}
-        command(method, options={n: v for n, v in given.items() if v is not None}, command=_command_line(), **values)
+        command(method, options={n: v for n, v in given.items() if v is not None}, command=command_line(), **values)
 
     own_defaults = [p.replace(default=None, annotation=optional(p.annotation)) for p in own]
     config = inspect.Parameter(
@@ -83,22 +84,6 @@ def _method_command(command: Callable, method: str, function: Callable, bound: t
     return run
 
 
-def _plain_command(function: Callable, *arguments: inspect.Parameter) -> Callable:
-    """A command whose flags are its function's, after these arguments."""
-
-    def run(**values: Any) -> None:
-        function(command=_command_line(), **values)
-
-    own = flags(function, HIDDEN + tuple(a.name for a in arguments), HELP)
-    run.__signature__ = inspect.Signature([*arguments, *own])  # type: ignore[attr-defined]
-    run.__doc__ = (function.__doc__ or "").splitlines()[0]
-    return run
-
-
-def _command_line() -> str:
-    return shlex.join(["tropism", *sys.argv[1:]])
-
-
 def _register(name: str) -> None:
     """The commands whose flags are read off their functions, which takes importing them."""
     app.command("doctor")(_doctor_command() if name == "doctor" else _doctor)
@@ -107,17 +92,19 @@ def _register(name: str) -> None:
 
         photos = Annotated[str, typer.Argument(help="A picture, or a folder of pictures.")]
         source = inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, annotation=photos)
-        app.command("upscale")(_plain_command(commands.upscale, source))
+        app.command("upscale")(plain_command(commands.upscale, HELP, source))
     else:
         app.command("upscale", help="Enlarge photographs, and say what may be made up.")(_doctor)
     app.command("dial", help="Turn an adapter up or down, or mix two.")(_dial_command() if name == "dial" else _doctor)
+    if name == "hallucination":
+        cli_restore.register()
     if name == "align":
         from tropism import commands
         from tropism.run.request import BOUND
 
         for method in commands.METHODS:
             align_app.command(method)(_method_command(commands.align, method, commands.METHODS[method], BOUND))
-        align_app.command("distil")(_plain_command(commands.distil))
+        align_app.command("distil")(plain_command(commands.distil, HELP))
     if name == "guide":
         from tropism import commands
         from tropism.commands.decode import BOUND as OF_GUIDE
@@ -130,7 +117,9 @@ def _dial_command() -> Callable:
     from tropism import commands
 
     named = Annotated[list[str], typer.Argument(help="A run folder of align, or two to mix.")]
-    return _plain_command(commands.dial, inspect.Parameter("runs", inspect.Parameter.KEYWORD_ONLY, annotation=named))
+    return plain_command(
+        commands.dial, HELP, inspect.Parameter("runs", inspect.Parameter.KEYWORD_ONLY, annotation=named)
+    )
 
 
 def _doctor() -> None:
@@ -148,7 +137,7 @@ def demo(
     """The main job on the bundled model: no network, a minute or two on a laptop."""
     from tropism import commands
 
-    commands.demo(out, seed=seed, resume=resume, overwrite=overwrite, threads=threads, command=_command_line())
+    commands.demo(out, seed=seed, resume=resume, overwrite=overwrite, threads=threads, command=command_line())
 
 
 def _doctor_command() -> Callable:
@@ -225,10 +214,10 @@ def compare(
 
     how = {"device": device, "dtype": dtype, "threads": threads}
     if plan is None and not method:
-        commands.compare(runs or [], out=out, overwrite=overwrite, command=_command_line(), **how)
+        commands.compare(runs or [], out=out, overwrite=overwrite, command=command_line(), **how)
         return
     asked = commands.plan_from(plan, method, model, reward, gold, watch, prompts, budget, seeds)
-    typer.echo(f"See {commands.race(asked, out=out, command=_command_line(), **how)}")
+    typer.echo(f"See {commands.race(asked, out=out, command=command_line(), **how)}")
 
 
 @app.command()

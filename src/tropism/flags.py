@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import re
+import shlex
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -144,3 +146,22 @@ def optional(annotation: Any) -> Any:
 
 def number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def plain_command(function: Callable, help_of: Mapping[str, str], *arguments: inspect.Parameter) -> Callable:
+    """A command whose flags are its function's, after these arguments."""
+
+    told = {"command"} & set(inspect.signature(function).parameters)
+
+    def run(**values: Any) -> None:
+        function(**values, **{name: command_line() for name in told})
+
+    own = flags(function, HIDDEN + tuple(a.name for a in arguments), help_of)
+    run.__signature__ = inspect.Signature([*arguments, *own])  # type: ignore[attr-defined]
+    run.__doc__ = (function.__doc__ or "").splitlines()[0]
+    return run
+
+
+def command_line() -> str:
+    """What was typed, so that it can be typed again."""
+    return shlex.join(["tropism", *sys.argv[1:]])

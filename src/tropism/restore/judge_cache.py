@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tropism.core import UserError
 from tropism.restore.judge_prompt import VERSION, Question
 from tropism.restore.judge_reply import JudgeUnavailable, ParseError, Verdict, parse
 
@@ -63,7 +62,7 @@ class Cache:
         return found
 
     def put(self, key: str, description: dict[str, Any], verdict: Verdict) -> None:
-        """Keep a reply: its raw text beside what was asked. Raises UserError where the folder cannot be written."""
+        """Keep a reply: its raw text beside what was asked. Raises JudgeUnavailable where it cannot be written."""
         entry = {"key": key, **description, "raw": verdict.raw, "expected": verdict.expected}
         entry |= {"usage": list(verdict.usage) if verdict.usage else None}
         file = self._file(key)
@@ -71,7 +70,7 @@ class Cache:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(entry, indent=1))
         except OSError as error:
-            raise UserError(
+            raise JudgeUnavailable(
                 f"The cache {self.folder} cannot be written: {error}. Give a folder with room that is yours."
             ) from error
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tropism.core import UserError
 from tropism.restore.judge_client import UNREAD, WARMER
 from tropism.restore.judge_ledger import Ledger
 from tropism.restore.judge_pictures import Picture
 from tropism.restore.judge_prompt import Question
-from tropism.restore.judge_reply import JudgeFailed, ParseError, Verdict, parse
+from tropism.restore.judge_reply import JudgeFailed, JudgeUnavailable, ParseError, Verdict, parse
 from tropism.rewards.clip import pooled
 from tropism.rewards.protocol import of_png
 from tropism.rewards.sources import configuration, pretrained, tokenizer_of
@@ -40,8 +41,8 @@ class LocalJudge:
     """A vision-language model that is loaded with the first question, since a full cache needs none.
 
     source: a folder or hub id. dtype: bfloat16 on an accelerator and float32 on a CPU without one. temperature: above 0, or all repeats
-    would be equal. Replies depend on (seed, repeat), the precision and the device. Raises UserError, as rewards.vqa does, for weights
-    that cannot be read.
+    would be equal. Replies depend on (seed, repeat), the precision and the device. `ask` raises JudgeUnavailable for weights that cannot
+    be read.
     """
 
     def __init__(
@@ -75,7 +76,10 @@ class LocalJudge:
     @property
     def loaded(self) -> _Loaded:
         if self._loaded is None:
-            self._loaded = _load(self.name, self.device, self.dtype)
+            try:
+                self._loaded = _load(self.name, self.device, self.dtype)
+            except UserError as error:  # of no single picture
+                raise JudgeUnavailable(str(error)) from error
         return self._loaded
 
     def _asked(self, question: Question, repeat: int, unread: int) -> Verdict:

@@ -171,9 +171,14 @@ def write_scores(file: str | Path, rows: Iterable[Row]) -> None:
     table = csv.writer(stream)
     table.writerow(COLUMNS)
     table.writerows(_cells(row) for row in rows)
+    write_table(file, stream.getvalue())
+
+
+def write_table(file: str | Path, text: str) -> None:
+    """Write a file whole or not at all, its folder too. Raises UserError."""
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(file), stream.getvalue())
+        write_whole(Path(file), text)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error}. Give a folder with room that is yours.") from error
 

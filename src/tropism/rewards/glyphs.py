@@ -1,6 +1,6 @@
 """Rewards of the `glyphs` world: nearness to the original in the features of a small encoder that ships with it.
 
-`glyphs-features` is for training, `glyphs-judge`, of another build and training, for watching, and `glyphs-random`, untrained, is the control.
+`glyphs-features` is for training, `glyphs-judge`, of another build, for watching, and `glyphs-random`, untrained, is the control.
 """
 
 from __future__ import annotations

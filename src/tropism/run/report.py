@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,15 @@ def write(out: Path | str, run: Finished) -> Path:
     return page
 
 
+@cache
 def environment_of() -> jinja2.Environment:
-    """Templates of this folder and of `race`, everything escaped, every name required."""
+    """Templates of this folder, `race` and `judged`, everything escaped, every name required."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "race"]),
+        loader=jinja2.FileSystemLoader([Path(__file__).parents[1] / room for room in ("run", "race", "judged")]),
     )
     environment.filters["number"] = number
     environment.filters["short"] = lambda value: f"{value:.3g}"

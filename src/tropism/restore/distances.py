@@ -1,0 +1,79 @@
+"""Pictures scored by the distance of deep features to their references: a proxy of invented detail that needs no judge.
+
+Source: Hallucination Score, arXiv 2507.14367, finds distances of deep features that follow it; which, could not be read there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tropism.core import Batch, UserError
+from tropism.restore.judge_pictures import in_8_bits
+from tropism.restore.scoring import EVERY, Triple, write_table
+from tropism.rewards.features import SOURCE, feature_similarity
+
+COLUMNS = ("name", "score", "judge", "mode", "higher_is_worse", "error")
+Distance = Callable[[Tensor, Tensor], float]
+"""(result, reference), each (1, 3, H, W) in [0, 1] -> a distance, 0 for equal features."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A picture's distance, None where it could not be measured, and why."""
+
+    name: str
+    score: float | None
+    error: str = ""
+
+
+def feature_distance(source: str = SOURCE, device: str | torch.device = "cpu") -> Distance:
+    """1 - the cosine of two pictures' features, in [0, 2], by the reward `features`. source: a folder or hub id. Raises UserError."""
+    similarity = feature_similarity(source)
+
+    def distance(sr: Tensor, gt: Tensor) -> float:
+        with torch.no_grad():
+            return 1 - float(similarity(sr.to(device), Batch([""], reference=gt.to(device))))
+
+    return distance
+
+
+def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], out: str | Path) -> Iterator[Measured]:
+    """Measure (name, sr, gt, lr) one after the other, yield each, and keep all of them in `out`, a .csv of COLUMNS.
+
+    judge: what the table calls the distance. A picture that cannot be read or compared is a row with an error. The table is written
+    whole every 20 rows, at the end, and when the work is interrupted. Raises UserError where the table cannot be written.
+    """
+    rows = list[Measured]()
+    try:
+        for name, *sources in triples:
+            rows.append(_measured(distance, name, sources[0], sources[1]))
+            if len(rows) % EVERY == 0:
+                _write(out, judge, rows)
+            yield rows[-1]
+    finally:
+        _write(out, judge, rows)
+
+
+def _measured(distance: Distance, name: str, *sources) -> Measured:
+    try:
+        sr, gt = (
+            in_8_bits(s() if callable(s) else s, w) for s, w in zip(sources, ("result", "reference"), strict=True)
+        )
+        return Measured(name, distance(sr, gt))
+    except UserError as error:
+        return Measured(name, None, str(error))
+
+
+def _write(out: str | Path, judge: str, rows: Iterable[Measured]) -> None:
+    stream = io.StringIO()
+    table = csv.writer(stream)
+    table.writerow(COLUMNS)
+    table.writerows([r.name, "" if r.score is None else repr(r.score), judge, "gt_only", "true", r.error] for r in rows)
+    write_table(out, stream.getvalue())
