@@ -19,7 +19,8 @@ def samples_for(name):
     if name in TOKENS:
         tokens = TOKENS[name].sequences(8, 0)
         return dna.one_hot(tokens).double().requires_grad_() if name.startswith("dna") else tokens
-    return torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    side = 32 if name.startswith("glyphs") else 64
+    return torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -32,7 +33,9 @@ def test_what_it_declares(name):
     assert reward.name == name
     assert isinstance(reward.about, About) and reward.about.licence and reward.about.source
     assert reward.about.size == (64 if name.startswith("shapes") else None)
-    value = reward(samples_for(name), Batch(["three red circles on sand"] * 8))
+    samples, prompts = samples_for(name), ["three red circles on sand"] * 8
+    pictures = {"reference": samples.detach().flip(0), "low_res": torch.rand(8, 3, 16, 16)} if samples.ndim == 4 else {}
+    value = reward(samples, Batch(prompts, **pictures))
     low, high = reward.about.range
     assert low < high and ((low <= value) & (value <= high)).all() and value.isfinite().all()
     assert value.requires_grad == is_differentiable(reward)

@@ -291,7 +291,7 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     quick: a few updates of every stage, to see that it works.
     """
     from tropism.run import pretrain as generator
-    from tropism.run import pretrain_loop, pretrain_rewards, pretrain_sequences
+    from tropism.run import pretrain_glyphs, pretrain_loop, pretrain_rewards, pretrain_sequences
 
     known(world, (*BUNDLED, *pretrain_sequences.RECIPES), "world")
     if Path(out).is_file():
@@ -299,6 +299,9 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     set_up("cpu", "float32", threads)
     if world in pretrain_sequences.RECIPES:
         pretrain_sequences.sequence_world(world, Path(out), **({"updates": 4, "batch": 4} if quick else {}))
+        return Path(out)
+    if world == "glyphs":
+        pretrain_glyphs.glyphs_world(Path(out), dict.fromkeys(pretrain_glyphs.LENGTHS, 2) if quick else None)
         return Path(out)
     lengths = pretrain_loop.QUICK if quick else pretrain_loop.Lengths()
     vae, tokenizer = generator.shapes_world(Path(out), lengths)

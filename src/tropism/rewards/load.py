@@ -19,6 +19,7 @@ from tropism.rewards import (
     feature_distance,
     features,
     genome,
+    glyphs,
     hps,
     imagereward,
     jpeg,
@@ -50,6 +51,7 @@ BUILT_IN = {
     "logp-window": chemistry.logp_window,
     "pharmacophore": chemistry.pharmacophore,
     "lr-consistency": low_res.LowResConsistency,
+    **glyphs.REWARDS,
 }
 # "NAME" with its published weights, or "NAME:SOURCE" with those of a file, a folder or a hub id.
 CATALOGUE: dict[str, Callable[..., Reward]] = {
