@@ -118,8 +118,7 @@ def _model(
     base = model or config.get("model")
     if not base:
         raise UserError(
-            "Say which model enlarges: --model stabilityai/stable-diffusion-x4-upscaler, a folder, file.py:Class, or the bundled "
-            "glyphs."
+            "Say which model enlarges: --model stabilityai/stable-diffusion-x4-upscaler, a folder, or file.py:Class."
         )
     settings = lora.read(folder)[1] if folder else None
     given = {"settings": overrides(setting)} if setting else {}

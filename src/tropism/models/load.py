@@ -16,10 +16,10 @@ from tropism.models import masked_lm, own, pipeline
 from tropism.models.latent import Latent
 from tropism.worlds import molecules, utr, weights
 
-BUNDLED = {"shapes": "shapes/model", "glyphs": "glyphs/model"}
+BUNDLED = {"shapes": "shapes/model"}
 TOKENS = ("dna", "utr", "molecules")
 """Bundled models of token sequences."""
-OWN = {"shapes": {"steps": 8, "guidance": 2.0}, "glyphs": {"steps": 10}}
+OWN = {"shapes": {"steps": 8, "guidance": 2.0}}
 """Steps and guidance of the bundled models, which their families' would not suit."""
 
 

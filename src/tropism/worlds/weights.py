@@ -14,6 +14,6 @@ def path(name: str) -> Path:
     if not found.exists():
         raise UserError(
             f"The bundled weights '{name}' are missing from this installation. Reinstall the package, or train "
-            "them anew: tropism pretrain shapes --out DIR"
+            f"them anew: tropism pretrain {name.partition('/')[0]} --out DIR"
         )
     return found
