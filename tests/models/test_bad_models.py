@@ -41,11 +41,15 @@ ASK = """
 import sys
 from tropism.core import UserError
 from tropism.models.load import load_model
-for name in sys.argv[1:]:
+from tropism.rewards.load import load_reward
+from tropism.rewards.sources import read_weights
+read = {"model": load_model, "reward": load_reward, "weights": lambda name: read_weights(name, "head.pth")}
+for text in sys.argv[1:]:
+    kind, _, name = text.partition("=")
     try:
-        load_model(name)
+        read[kind](name)
     except UserError as error:
-        print(name, "->", error)
+        print(text, "->", error)
 """
 
 
@@ -57,25 +61,26 @@ def hub():
     server.shutdown()
 
 
-def asked(names, tmp_path, program=ASK, **environment):
+def asked(names, tmp_path, **environment):
+    """{"KIND=NAME": what was said} by a process of its own, since the hub's settings are read when it is imported."""
     here = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     own = {**here, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, env=own, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, env=own, timeout=120)
     return dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
 
 
 def test_hub_ids_that_refuse(hub, tmp_path):
-    said = asked(["org/gated", "org/private", "org/bare"], tmp_path, HF_ENDPOINT=hub)
-    assert "org/gated is gated. Accept its licence" in said["org/gated"]
-    assert "the hub knows no 'org/private', or it is private" in said["org/private"]
-    assert "model_index.json" in said["org/bare"]
-
-
-def test_a_hub_id_offline_names_the_missing_file(tmp_path):
-    said = asked(["stabilityai/stable-diffusion-xl-base-1.0"], tmp_path, HF_HUB_OFFLINE="1")
-    (line,) = said.values()
-    assert "model_index.json of 'stabilityai/stable-diffusion-xl-base-1.0' could not be fetched" in line
-    assert "not in the cache" in line
+    """The catalogue's weights are fetched as models are, and told of in the same words."""
+    models = [f"model=org/{name}" for name in ANSWERS]
+    rewards = ["reward=clip:org/gated", "reward=clip:org/private", "weights=org/gated", "weights=org/private"]
+    said = asked([*models, *rewards], tmp_path, HF_ENDPOINT=hub)
+    assert "org/gated is gated. Accept its licence" in said["model=org/gated"]
+    assert "the hub knows no 'org/private', or it is private" in said["model=org/private"]
+    assert "model_index.json" in said["model=org/bare"]
+    for name in rewards:
+        told = "is gated. Accept its licence" if "gated" in name else "no such repository, or it is private"
+        assert told in said[name]
+        assert "hf auth login" in said[name]
 
 
 def cached(home, name, pipeline):
@@ -96,35 +101,14 @@ def test_the_cache_without_a_network(tmp_path):
             weights.unlink()
         elif name == "cut":
             weights.write_bytes(weights.read_bytes()[:-100])
-    said = asked(["org/whole", "org/partial", "org/cut", "org/never"], tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert "org/whole" not in said
-    assert "unet" in said["org/partial"] or "diffusion_pytorch_model.safetensors" in said["org/partial"]
-    assert "could not be read" in said["org/cut"]
-    assert "not in the cache" in said["org/never"]
-
-
-REWARDS = """
-import sys
-from tropism.core import UserError
-from tropism.rewards.load import load_reward
-from tropism.rewards.sources import read_weights
-for name in sys.argv[1:]:
-    try:
-        load_reward(name) if ":" in name else read_weights(name, "head.pth")
-    except UserError as error:
-        print(name, "->", error)
-"""
-
-
-def test_rewards_that_the_hub_refuses(hub, tmp_path):
-    """The catalogue's weights are fetched as models are, and told of in the same words."""
-    names = ["clip:org/gated", "clip:org/private", "org/gated", "org/private"]
-    said = asked(names, tmp_path, program=REWARDS, HF_ENDPOINT=hub)
-    for name in names:
-        assert ("is gated. Accept its licence" if "gated" in name else "no such repository, or it is private") in said[
-            name
-        ]
-        assert "hf auth login" in said[name]
+    names = [f"model=org/{name}" for name in ("whole", "partial", "cut", "never")]
+    said = asked(names, tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert "model=org/whole" not in said
+    partial = said["model=org/partial"]
+    assert "unet" in partial or "diffusion_pytorch_model.safetensors" in partial
+    assert "could not be read" in said["model=org/cut"]
+    assert "model_index.json of 'org/never' could not be fetched" in said["model=org/never"]
+    assert "not in the cache" in said["model=org/never"]
 
 
 def changed(folder, part, **values):

@@ -139,8 +139,15 @@ def test_two_methods_diversity_at_the_lower_one_s_gold_within_the_budget():
     ]
     told = paired(plan, plan.objectives[0], {"one": one, "other": other}, "one", "other")
     assert told["mean"] == pytest.approx((3 - 2) / 2)  # 4 against 1 at 2 seconds, 2 against 4
+    assert told["whole"][0] == pytest.approx(0.75)  # areas of 3 against 1.5, of both pairs, over 2 seconds
     assert told["matched"][0] == pytest.approx(((0.9 - 0.5) + (0.7 - 0.5)) / 2)  # at gold 1, at gold 2
     assert told["seeds"] == 2
+
+
+def test_the_mean_over_a_budget_is_the_area_under_the_lines():
+    run = curve([0, 2, 2, 9], x=(0, 1, 2, 3))
+    assert curves.mean_over(run, "seconds", 2, "reward") == pytest.approx(1.5)
+    assert curves.mean_over(run, "seconds", 0.5, "reward") == pytest.approx(0.5)
 
 
 def test_a_band_is_mean_and_spread_up_to_the_shortest_run():

@@ -71,8 +71,8 @@ def test_columns_hold_reward_parts_and_measures():
     found = run(
         Pair(),
         measures={
-            "dark": lambda images, prompts: {"dark": 1 - images.mean((1, 2, 3))},
-            "said": lambda images, prompts: {"n": torch.tensor([float(len(p)) for p in prompts])},
+            "dark": lambda images, _: {"dark": 1 - images.mean((1, 2, 3))},
+            "said": lambda _, batch: {"n": torch.tensor([float(len(p)) for p in batch.prompts])},
         },
     )
     assert found.columns.keys() == {"reward", "bright", "length", "dark", "said/n"}

@@ -83,6 +83,12 @@ def cost_to_reach(curve: Curve, level: float, column: str, axis: str) -> float:
     return math.inf
 
 
+def mean_over(curve: Curve, axis: str, limit: float, column: str) -> float:
+    """The mean of a column over what was spent from nothing to `limit`, linearly between evaluations: how good a run was all along."""
+    x = np.unique([*curve.spent[axis][curve.spent[axis] < limit], limit])
+    return float(np.trapezoid(curve.at(axis, x, column), x) / limit)
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of ours - theirs, pair by pair, with Student's interval."""
     from scipy.stats import t

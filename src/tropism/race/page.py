@@ -114,12 +114,17 @@ def ends(plan: Plan, objective: Objective, found: Sequence[Curve]) -> list[float
 
 
 def paired(plan: Plan, objective: Objective, found: Tested, one: str, other: str) -> dict[str, Any]:
-    """By how much a method's gold score is above another's at the budget, seed by seed, with a 95 % interval; and its diversity
-    above the other's where both had the same gold score: what the lower of the two ended at, where each first had it.
+    """By how much a method's gold score is above another's, seed by seed, with 95 % intervals: at the budget, and in the mean over it
+    ("whole"); and its diversity above the other's where both had the same gold score: what the lower of the two ended at, where each
+    first had it.
     """
     ours, theirs = (ends(plan, objective, found[name]) for name in (one, other))
     mean, low, high = curves.paired(ours, theirs)
-    told = {"name": other, "mean": mean, "low": low, "high": high}
+    shortest = min(c.spent[plan.axis][-1] for name in (one, other) for c in found[name])
+    limit = min(plan.budget[plan.axis], float(shortest))
+    along = lambda name: [curves.mean_over(c, plan.axis, limit, objective.gold) for c in found[name]]
+    whole = curves.paired(along(one), along(other))
+    told = {"name": other, "mean": mean, "low": low, "high": high, "whole": whole}
     if "diversity" not in found[one][0].columns:
         return told
     at = lambda name: [
