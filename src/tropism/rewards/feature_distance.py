@@ -44,9 +44,9 @@ class FeatureDistance:
     metric: "cosine" in [0, 2]; "l2", squared, in [0, 4]; "l1", a sum over channels. normalise False: l2 and l1 of tokens at full length.
     reduce: over places, "mean", "topk" (the mean of the share `worst` of them, those with the largest distance, at least one) or "max".
 
-    References are batch.reference (B, 3, H, W) in [0, 1], or the files of batch.meta[i]["reference"]; they are resized to the picture's
-    grid and get no gradient, and what the tower saw in them is kept (MOST_KEPT bytes). Raises UserError for choices that do not exist or
-    that the tower does not have.
+    References are batch.reference (B, 3, H, W) in [0, 1], or the files that batch.meta names as "reference"; they are resized to the
+    picture's grid and get no gradient, and what the tower saw in them is kept (MOST_KEPT bytes). Raises UserError for choices that do
+    not exist or that the tower does not have.
     """
 
     differentiable = True
