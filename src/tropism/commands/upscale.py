@@ -62,8 +62,8 @@ def upscale(
     places = _places(Path(source), files, Path(out))
     machine = set_up(device, dtype, threads)
     named = model is None or isinstance(model, str)
-    loaded = _model(model, adapter, strength, setting, machine) if named else model
-    steps = steps or getattr(loaded, "steps", 50)
+    loaded = _model(cast(Any, model), adapter, strength, setting, machine) if named else cast(Model, model)
+    steps = int(steps or getattr(loaded, "steps", 50))
     weight = getattr(loaded, "guidance", 1.0) if guidance is None else guidance
     getattr(loaded, "check_request", lambda *_: None)(guidance, [negative])
     loaded.process.times(steps, getattr(loaded, "shape", (1, 1, 1)))

@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,10 @@ def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], ou
         _write(out, judge, rows)
 
 
-def _measured(distance: Distance, name: str, *sources) -> Measured:
+def _measured(distance: Distance, name: str, *sources: Any) -> Measured:
     try:
-        sr, gt = (
-            in_8_bits(s() if callable(s) else s, w) for s, w in zip(sources, ("result", "reference"), strict=True)
-        )
+        given: list[Any] = [s() if callable(s) else s for s in sources]
+        sr, gt = (in_8_bits(s, w) for s, w in zip(given, ("result", "reference"), strict=True))
         return Measured(name, distance(sr, gt))
     except UserError as error:
         return Measured(name, None, str(error))

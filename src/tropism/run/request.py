@@ -64,10 +64,9 @@ class Request:
         if prepare is None:
             return
         few = updates * self.settings["batch"] < len(self.train)
-        each = (self.train, *(self.settings[n] for n in ("batch", "seed")))
-        drawn = (
-            [p for u in range(updates) for p in chosen(*each, u, self.settings["per_prompt"])] if few else self.train
-        )
+        size, seed, group = (self.settings[n] for n in ("batch", "seed", "per_prompt"))
+        every = (chosen(self.train, size, seed, u, group) for u in range(updates))
+        drawn = [p for prompts in every for p in prompts] if few else self.train
         prepare([p.text for p in (*self.held, *drawn)], [NEGATIVE, *(p.negative for p in (*self.held, *drawn))])
 
     def sampling(self) -> tuple[int, float]:
