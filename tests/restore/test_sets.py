@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_upscalers import tiny_pixel
 
-from tropism.commands import align
+from tropism.commands import align, dial
 from tropism.core import Batch, UserError
 from tropism.prompts.batches import as_batch, batch_of, read_prompts
 from tropism.restore.options import preset
@@ -169,6 +169,9 @@ def test_an_upscaler_is_trained_on_a_folder(tmp_path):
     )
     assert run.after.prompts == ["p9.png"] and run.after.images.shape == (1, 3, 16, 16)
     assert run.reload_difference < 1e-5
+    assert "tropism upscale photo.png --adapter ." in (tmp_path / "r/README.md").read_text()
+    dialled = dial([str(tmp_path / "r")], out=tmp_path / "dial", reward=likeness, quick=True, at=(0.0, 1.0))
+    assert dialled is not None
     config = (tmp_path / "r/config.yaml").read_text()
     assert "crop: 16" in config and "degrade: bicubic" in config
 

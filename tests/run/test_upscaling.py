@@ -103,6 +103,10 @@ def test_every_size_is_taken(tmp_path, capsys):
     assert [(d.width, d.height) for d in done] == [(36, 28), (84, 24), (20, 20)]
     rows = list(csv.DictReader((out / "upscale.csv").open()))
     assert [r["file"] for r in rows] == ["0.png", "1.png", "grey.png"] and all(float(r["doubt"]) > 0 for r in rows)
+    (out / "grey.png").unlink()  # as if it had been interrupted before the last
+    assert [d.source.name for d in upscale(folder, model=model, out=out, steps=2, samples=2)] == ["grey.png"]
+    again = list(csv.DictReader((out / "upscale.csv").open()))
+    assert again[:2] == rows[:2] and again[2]["file"] == "grey.png"
     before, source = pixels(out / "0.png"), pixels(folder / "0.png")
     assert abs(before.mean((0, 1)) - source.mean((0, 1))).max() < 12
     assert upscale(folder, model=model, out=out, steps=2) == []

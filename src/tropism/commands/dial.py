@@ -20,7 +20,7 @@ from tropism.core import Batch, Model, Reward, UserError
 from tropism.models import lora, mixing
 from tropism.models.latent import Latent
 from tropism.models.phases import Phased
-from tropism.prompts.batches import as_batch, names_of, train_and_held_out
+from tropism.prompts.batches import as_batch, names_of
 from tropism.run import dial as dialling
 from tropism.run import dial_page
 from tropism.run.checks import at_least_one, set_up
@@ -31,6 +31,7 @@ from tropism.run.measures import measures_for
 from tropism.run.record import Recorder
 from tropism.run.report import spread
 from tropism.run.request import Rewards, as_plain, read_reward, spelled
+from tropism.run.sources import prompts_for
 
 FRESH = 2**20
 """The first index of fresh pictures' noise: no evaluation has so many prompts, so the two never share a draw."""
@@ -220,7 +221,8 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
     names = ["reward"] if len(runs) == 1 else [f"reward of {name}" for name in _names(folders)]
     joint = rewards[0] if len(runs) == 1 else Several(dict(zip(names, rewards, strict=True)))
     told, images = _pictures(folders[0] / "samples" / "before.safetensors")
-    held = train_and_held_out(first["prompts"], first["held_out"], first["model"])[1]
+    model = trained_model(folders[0], first, device, dtype)
+    held = prompts_for(first, first["model"], model)[1]
     asked = as_batch([held[i] for i in spread(len(held), first["evaluate_prompts"])])
     if names_of(asked) != json.loads(told["held-out prompts"]):
         raise UserError(
@@ -233,7 +235,6 @@ def _bench(runs: Sequence[str], reward: Rewards, device: torch.device, dtype: to
             "`tropism align`."
         )
     steps, guidance = deployed(first)
-    model = trained_model(folders[0], first, device, dtype)
     kept = [_after(folder, told) for folder in folders]
     of_run = (asked, first["seed"], steps, guidance, first.get("evaluate_eta"), images, kept)
     return _Bench(folders, cast(Latent, model), first["model"], cast(Reward, joint), names, *of_run)

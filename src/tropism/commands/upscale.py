@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tropism.core import Model, UserError
 from tropism.models import lora
 from tropism.models.latent import Latent
 from tropism.models.load import load_model
+from tropism.restore.judge_cache import write_whole
 from tropism.restore.pairs import pictures_of
 from tropism.run import export
 from tropism.run.checks import at_least_one, finite_numbers, not_negative, overrides, set_up
@@ -76,8 +78,8 @@ def upscale(
             continue
         found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend))
         say(told(found[-1]))
-    if samples > 1 and len(files) > 1 and found:
-        _write_table(Path(out) / "upscale.csv", found)
+        if samples > 1 and len(files) > 1:
+            _add_to_table(Path(out) / "upscale.csv", found[-1])
     return found
 
 
@@ -135,8 +137,16 @@ def _model(
     return loaded
 
 
-def _write_table(file: Path, found: Sequence[Upscaled]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream)
-        table.writerow(["file", "out", "width", "height", "doubt", "expected_psnr"])
-        table.writerows([d.source.name, d.out.name, d.width, d.height, d.doubt, d.psnr] for d in found)
+COLUMNS = ("file", "out", "width", "height", "doubt", "expected_psnr")
+
+
+def _add_to_table(file: Path, done: Upscaled) -> None:
+    """The table with this picture's row, in place of an older one; rows of pictures that were done before stay."""
+    rows = []
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row[:1] not in (["file"], [done.source.name])]
+    new = (done.source.name, done.out.name, done.width, done.height, done.doubt, done.psnr)
+    text = io.StringIO()
+    csv.writer(text).writerows([COLUMNS, *rows, new])
+    write_whole(file, text.getvalue())

@@ -61,6 +61,8 @@ def _numbers(run: Finished) -> str:
 
 
 def _loading(run: Finished) -> str:
+    if run.upscales and run.adapter:
+        return fenced("tropism upscale photo.png --adapter . --out photo-large.png  # in this folder", "sh")
     prompt = json.dumps(plain(run.before.prompts[0]), ensure_ascii=False)
     load = (
         'pipe.load_lora_weights("lora", adapter_name="tropism")  # this folder\'s lora/; from the hub: ("ORG/NAME", subfolder="lora")\n'

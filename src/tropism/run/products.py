@@ -217,6 +217,7 @@ class Products:
             limits=self._limits(),
             adapter=self.difference is not None,
             part=getattr(self.model, "part", "unet"),
+            upscales=hasattr(self.model, "scale"),
             strengths=self._strengths() if self.difference is not None else {},
         )
         report.write(self.out, done)

@@ -49,6 +49,7 @@ class Finished:
     adapter: bool = True
     strengths: dict[float, dict[str, float]] = field(default_factory=dict)
     part: str = "unet"
+    upscales: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from tropism.restore.sets import Pictures, prompts_of
 
 
 def prompts_for(settings: Mapping[str, Any], named: str | Model, model: Model) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, held out) of a run's settings: its prompts, or its pictures. named: the model as the user named it.
+    """(train, held out) of a run's settings, older ones too: its prompts, or its pictures. named: the model as the user named it.
 
     Raises UserError for settings that do not go together, and for what cannot be read.
     """
-    pictures, low_res = settings["pictures"], settings["low_res"]
+    pictures, low_res = settings.get("pictures"), settings.get("low_res")
     if pictures is None and low_res is None:
         train, held = train_and_held_out(settings["prompts"], settings["held_out"], named)
     elif settings["prompts"] is not None:
@@ -27,8 +27,8 @@ def prompts_for(settings: Mapping[str, Any], named: str | Model, model: Model) -
         train, held = prompts_of(pictures, low_res), prompts_of(settings["held_out"])
     else:
         train, held = split(prompts_of(pictures, low_res))
-    crop, seed = settings["crop"], settings["seed"]
-    return tuple(with_pictures(p, model, settings["degrade"], crop, seed) for p in (train, held))  # type: ignore[return-value]
+    how = settings.get("degrade", "realesrgan"), settings.get("crop", 0), settings["seed"]
+    return tuple(with_pictures(p, model, *how) for p in (train, held))  # type: ignore[return-value]
 
 
 def with_pictures(
