@@ -150,6 +150,29 @@ def test_the_mean_over_a_budget_is_the_area_under_the_lines():
     assert curves.mean_over(run, "seconds", 0.5, "reward") == pytest.approx(0.5)
 
 
+def test_a_run_that_keeps_its_best_weights_stands_for_them_alone():
+    run = curve(
+        [1, 3, 2, 3, 4],
+        (0, 1, 2, 3, 4),
+        gold=[0.1, 0.5, 0.9, 0.6, 0.2],
+        drift=[0.0, 1, 2, 3, 4],
+        training_reward=[1.0, 2, 3, 4, 5],
+    )
+    best = curves.kept_best(run, "gold")
+    assert best.columns["reward"].tolist() == [1, 3, 3, 3, 4]
+    assert best.columns["gold"].tolist() == [
+        0.1,
+        0.5,
+        0.5,
+        0.5,
+        0.2,
+    ]  # gold does not choose, and of equals the first stays
+    assert best.columns["drift"].tolist() == [0, 1, 1, 1, 4]
+    assert best.columns["last/gold"].tolist() == [0.1, 0.5, 0.9, 0.6, 0.2]
+    assert best.columns["training_reward"].tolist() == [1, 2, 3, 4, 5] and best.spent is run.spent
+    assert curves.kept_best(curve([1, math.nan, 0.5], gold=[1.0, 2, 3]), "gold").columns["gold"].tolist() == [1, 1, 1]
+
+
 def test_a_band_is_mean_and_spread_up_to_the_shortest_run():
     x, mean, spread = curves.band([curve([0, 1, 2]), curve([0, 3, 6, 9], x=(0, 1, 2, 3))], "seconds", "reward", n=3)
     assert x.tolist() == [0, 1, 2] and mean.tolist() == [0, 2, 4]

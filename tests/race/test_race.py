@@ -67,6 +67,11 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     assert "the same held-out prompts that the test runs are judged on (at most 2, 2 pictures each" in text
     assert (out / "bytes-pictures.png").is_file() and text.count("data:image/png") == 2
     assert "<script" not in text and "What was tried" in text and "tuning" not in text
+    assert "last/" not in text
+    kept = race(plan(folder, tmp_path, keep_best=True), out=out)  # the same runs, read anew
+    assert "<th>last/watch/incompressibility</th>" in kept.read_text() and "its best evaluation so far" not in text
+    rows = {(r["method"], r["measure"]): r for r in csv.DictReader((out / "race.csv").open())}
+    assert {m for _, m in rows} >= {"watch/incompressibility", "last/watch/incompressibility"}
     before = {f: (out / f).read_bytes() for f in files}
     capsys.readouterr()
     race(plan(folder, tmp_path), out=out)

@@ -61,6 +61,20 @@ def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:
     return Curve(spent, columns)
 
 
+LAST = "last/"
+"""What is put before the gold measure of a run's last weights where its best ones are kept."""
+
+
+def kept_best(curve: Curve, gold: str) -> Curve:
+    """The curve of what a run that keeps its best weights would hand over: at every evaluation the columns of the best one so far by the
+    held-out "reward", the first of equals. The gold measure never chooses; that of the weights as they were stays as LAST + gold.
+    """
+    score = np.nan_to_num(curve.columns["reward"], nan=-math.inf)
+    at = [int(np.argmax(score[: i + 1])) for i in range(len(score))]
+    best = {n: v if n == "training_reward" else v[at] for n, v in curve.columns.items()}
+    return Curve(curve.spent, {**best, LAST + gold: curve.columns[gold]})
+
+
 def chosen(tried: Sequence[Sequence[Curve | None]], column: str) -> int:
     """The configuration (its runs, None for one that blew up) whose last `column` is highest in the mean over tuning seeds.
 

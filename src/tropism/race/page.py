@@ -80,11 +80,13 @@ def tested(plan: Plan, out: Path, objective: Objective, entry: Entry) -> list[Cu
 
 
 def measures_of(objective: Objective, of: Curve) -> list[str]:
-    """What is drawn and told: the trained reward on held-out prompts and in training, gold, watched rewards, diversity, drift."""
+    """What is drawn and told: the trained reward on held-out prompts and in training, gold (and that of the last weights where the best are
+    kept), watched rewards, diversity, drift.
+    """
     watched = [name for name in of.columns if name.startswith("watch/")]
     return [
         m
-        for m in dict.fromkeys(["reward", "training_reward", objective.gold, *watched, "diversity", "drift"])
+        for m in dict.fromkeys(["reward", "training_reward", objective.gold, curves.LAST + objective.gold, *watched, "diversity", "drift"])
         if m in of.columns
     ]
 

@@ -50,7 +50,8 @@ class Plan:
 
     settings: of all runs. prompts_each: held-out pictures a prompt. points: evaluations a test run. longer: {entry: factor} on the
     budget of its runs, for methods that are to be followed beyond it; they are compared at the budget all the same.
-    level_of: the method by whose last level the costs of all are told.
+    level_of: the method by whose last level the costs of all are told. keep_best: a run stands, at every point, for the weights of its
+    best evaluation so far by the held-out reward, as `align` hands them over; False: for its last ones.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     longer: Mapping[str, float] = field(default_factory=dict)
     level_of: str = ""
+    keep_best: bool = False
 
     def __post_init__(self):
         for name in (x.name for x in (*self.objectives, *self.entries)):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tropism.core import UserError
-from tropism.race.curves import Curve, curve_of
+from tropism.race.curves import Curve, curve_of, kept_best
 from tropism.race.plan import Entry, Objective, Plan
 from tropism.run.checks import known
 from tropism.run.evaluate import Evaluation
@@ -122,13 +122,15 @@ def kept(out: Path, plan: Plan, job: Job) -> dict[str, Any] | None:
 
 
 def curve(out: Path, plan: Plan, job: Job) -> Curve | None:
-    """The curve of a finished run; None for one that failed or is not there. Raises UserError if the gold measure is not in it."""
+    """The curve of a finished run, of its best weights so far where the plan keeps them; None for one that failed or is not there.
+    Raises UserError if the gold measure is not in it.
+    """
     told = kept(out, plan, job)
     if not told or told["failed"]:
         return None
     found = curve_of(told["evaluations"])
     known(job.objective.gold, found.columns, f"measure of {job.objective.name}")
-    return found
+    return kept_best(found, job.objective.gold) if plan.keep_best else found
 
 
 def keep_pictures(out: Path, job: Job, base: Evaluation, trained: Evaluation, each: int) -> None:
