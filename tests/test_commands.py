@@ -33,7 +33,9 @@ SMALL = {
     "evaluate_prompts": 2,
     "evaluate_every": 0,
     "checkpoint_every": 1,
+    "doctor": False,
 }
+"""Runs without the doctor: tests/doctor examines, and here a run by the command line and the rewards that cannot teach."""
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +323,7 @@ def test_mixing_into_what_is_no_pipeline(mine):
 )
 def test_rewards_that_cannot_teach(folder, mine, reward, says):
     with pytest.raises(UserError, match=says):
-        align(folder, mine, reward)
+        align(folder, mine, reward, doctor=True)
 
 
 @pytest.mark.parametrize(

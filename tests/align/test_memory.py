@@ -21,19 +21,19 @@ def fresh(*points):
 @pytest.fixture(scope="module")
 def peak():
     """MiB of each point; one process, since starting one takes longer than a point."""
-    sweeps = [("sweep", 6, 6), ("sweep", 18, 18)]
-    return fresh(*sweeps, ("checkpoint", 6, 6), ("plain", 6, 6))
+    sweeps = [("sweep", 4, 4), ("sweep", 12, 12)]
+    return fresh(*sweeps, ("checkpoint", 4, 4), ("plain", 4, 4))
 
 
 def test_the_sweep_needs_no_more_than_step_checkpointing_and_far_less_than_autograd(peak):
-    sweep, checkpoint, plain = (peak[engine, 6, 6] for engine in ("sweep", "checkpoint", "plain"))
+    sweep, checkpoint, plain = (peak[engine, 4, 4] for engine in ("sweep", "checkpoint", "plain"))
     assert sweep <= 1.02 * checkpoint
     assert sweep < 0.5 * plain
 
 
 def test_depth_costs_latents_only(peak):
-    """18 steps instead of 6, all active, add 12 x 16 KiB of latents."""
-    assert peak["sweep", 18, 18] < peak["sweep", 6, 6] + 12 * A_STEP
+    """12 steps instead of 4, all active, add 8 x 16 KiB of latents."""
+    assert peak["sweep", 12, 12] < peak["sweep", 4, 4] + 8 * A_STEP
 
 
 @pytest.mark.slow

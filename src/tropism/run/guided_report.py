@@ -177,8 +177,9 @@ def _curve(file: Path, run: Finished) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), dpi=110)
     FigureCanvasAgg(figure)
+    pictures.spaced(figure, 1, 1)
     axes = figure.add_subplot()
     plain, rewards = pools(run.pieces), run.joined("rewards")
     drawn = [(run.method, rewards, torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64), "#d1495b")]

@@ -106,6 +106,8 @@ def _falls(seen: Sequence[Seen], score: Tensor) -> dict[int, int]:
 def _has_fallen(seen: Sequence[Seen], score: Tensor, best: int, now: int) -> bool:
     """Whether the score fell, picture by picture, by more than chance and more than a little, while the trained reward did not."""
     change = score[now] - score[best]
+    if len(change) < 2:  # one picture does not tell a fall from chance
+        return False
     error = change.std(correction=1) / len(change) ** 0.5
     least = torch.maximum(Z * error, SHARE * (score[best].mean() - score[0].mean()).clamp_min(0))
     rose = seen[now].trained.double().mean() >= seen[best].trained.double().mean()
