@@ -1,6 +1,9 @@
 """Pictures as what an upscaler is asked for: cut, made worse, paired, trained on from the command line's function."""
 
+import base64
+import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -170,6 +173,13 @@ def test_an_upscaler_is_trained_on_a_folder(tmp_path):
     assert run.after.prompts == ["p9.png"] and run.after.images.shape == (1, 3, 16, 16)
     assert run.reload_difference < 1e-5
     assert "tropism upscale photo.png --adapter ." in (tmp_path / "r/README.md").read_text()
+    page = (tmp_path / "r/report.html").read_text()
+    assert "Pictures: before, after, low resolution and original" in page
+    shown = re.search(r'alt="original" src="data:image/png;base64,([^"]+)"', page)
+    assert shown and page.count('alt="low resolution"') == 1
+    original = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[1]))), dtype=float)
+    whole = np.asarray(Image.open(pictures / "p9.png").convert("RGB"), dtype=float)  # 16 x 16, so the crop is all of it
+    assert np.abs(original - whole).max() <= 1
     dialled = dial([str(tmp_path / "r")], out=tmp_path / "dial", reward=likeness, quick=True, at=(0.0, 1.0))
     assert dialled is not None
     config = (tmp_path / "r/config.yaml").read_text()

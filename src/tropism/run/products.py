@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
 
 from tropism.core import Model, Reward, UserError, name_of
 from tropism.models import lora
@@ -111,6 +112,14 @@ class Judge:
     def measure(self, base: torch.Tensor | None = None, only: int | None = None) -> Evaluation:
         """Draw and measure the held-out prompts now, or the first few of them."""
         return self._measure(self._asked[:only], measures=self._measures, base=base)
+
+    def given(self) -> dict[str, torch.Tensor]:
+        """What an upscaler was given and what it should have drawn, of each prompt, as large as the pictures drawn; of others nothing."""
+        named = {"low resolution": self._asked.low_res, "original": self._asked.reference}
+        high, wide = self.before.images.shape[-2:]
+        each = len(self.before.images) // len(self.prompts)
+        large = lambda images: interpolate(images.cpu().float(), (high, wide), mode="nearest").repeat_interleave(each, 0)
+        return {name: large(images) for name, images in named.items() if images is not None}
 
     @property
     def before(self) -> Evaluation:
@@ -218,6 +227,7 @@ class Products:
             adapter=self.difference is not None,
             part=getattr(self.model, "part", "unet"),
             upscales=hasattr(self.model, "scale"),
+            given=self.judge.given(),
             strengths=self._strengths() if self.difference is not None else {},
         )
         report.write(self.out, done)

@@ -30,7 +30,8 @@ class Finished:
     ("'folder'").
     rewards: weight by reward name. prompts: those trained on. before, after: the same prompts and seeds. lines:
     metrics.jsonl. adapter: whether lora/ holds the result, else weights/trained.safetensors does. strengths: for each
-    multiple of the adapter's effect what was measured with it, by name. part: what the pipeline calls its denoiser.
+    multiple of the adapter's effect what was measured with it, by name. part: what the pipeline calls its denoiser. given: pictures of
+    the held-out prompts, (B, 3, H, W) as large as those drawn, by what they are called: "low resolution" and "original" of an upscaler.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Finished:
     strengths: dict[float, dict[str, float]] = field(default_factory=dict)
     part: str = "unet"
     upscales: bool = False
+    given: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def save_pictures(out: Path, run: Finished, most: int = 24) -> None:
     pictures.grid([[i] for i in before], prompts, first).save(out / "before.png")
     pictures.grid([[i] for i in after], prompts, second).save(out / "after.png")
     both = [f"{a} → {b.removeprefix('reward ')}" for a, b in zip(first, second, strict=True)]
-    pairs = pictures.grid(list(zip(before, after, strict=True)), prompts, both, heads=("before", "after"))
-    pairs.save(out / "before_after.png")
+    given = [[images[i] for i in chosen] for images in run.given.values()]
+    cells = list(zip(before, after, *given, strict=True))
+    pictures.grid(cells, prompts, both, heads=("before", "after", *run.given)).save(out / "before_after.png")
     pictures.curves(run.lines, out / "reward.png")
 
 
@@ -236,6 +239,7 @@ def _pairs(run: Finished, most: int = 24) -> list[dict[str, Any]]:
             "after": small(run.after.images[i]),
             "from": a[i],
             "to": b[i],
+            "given": [(name, small(images[i])) for name, images in run.given.items()],
         }
         for i in spread(len(a), most)
     ]
