@@ -86,7 +86,9 @@ def measures_of(objective: Objective, of: Curve) -> list[str]:
     watched = [name for name in of.columns if name.startswith("watch/")]
     return [
         m
-        for m in dict.fromkeys(["reward", "training_reward", objective.gold, curves.LAST + objective.gold, *watched, "diversity", "drift"])
+        for m in dict.fromkeys(
+            ["reward", "training_reward", objective.gold, curves.LAST + objective.gold, *watched, "diversity", "drift"]
+        )
         if m in of.columns
     ]
 
@@ -128,7 +130,10 @@ def paired(plan: Plan, objective: Objective, found: Tested, one: str, other: str
     whole = curves.paired(along(one), along(other))
     pairs = list(zip(found[one], found[other], strict=True))
     until = [min(c.spent["cpu_seconds"][-1] for c in pair) for pair in pairs]
-    by_clock = ([float(pair[i].at("cpu_seconds", x, objective.gold)) for pair, x in zip(pairs, until, strict=True)] for i in (0, 1))
+    by_clock = (
+        [float(pair[i].at("cpu_seconds", x, objective.gold)) for pair, x in zip(pairs, until, strict=True)]
+        for i in (0, 1)
+    )
     told = {"name": other, "mean": mean, "low": low, "high": high, "whole": whole, "clock": curves.paired(*by_clock)}
     told["until"] = (min(until), max(until))
     if "diversity" not in found[one][0].columns:

@@ -118,7 +118,9 @@ class Judge:
         named = {"low resolution": self._asked.low_res, "original": self._asked.reference}
         high, wide = self.before.images.shape[-2:]
         each = len(self.before.images) // len(self.prompts)
-        large = lambda images: interpolate(images.cpu().float(), (high, wide), mode="nearest").repeat_interleave(each, 0)
+        large = lambda images: interpolate(images.cpu().float(), (high, wide), mode="nearest").repeat_interleave(
+            each, 0
+        )
         return {name: large(images) for name, images in named.items() if images is not None}
 
     @property
