@@ -51,6 +51,7 @@ HELP = {
     "quantize": "4bit or 8bit: hold the frozen denoiser's weights in so many bits (torchao, bitsandbytes).",
     "t5": "Read the T5 text encoder (Stable Diffusion 3 can do without).",
     "scheduler": "KEY=VALUE of the scheduler's configuration to replace, repeatable: timestep_spacing=trailing, shift=3.",
+    "setting": "KEY=VALUE of what the model's family alone has, repeatable: noise_level=50 of an upscaler.",
     "seed": "Seed of every random draw.",
     "budget": "AXIS=LIMIT, repeatable: seconds=600, cpu_seconds, reward_queries, reward_gradients, forwards, backwards or decodes.",
     "evaluate_every": "Updates between held-out evaluations.",

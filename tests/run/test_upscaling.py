@@ -2,15 +2,16 @@
 
 import csv
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_upscalers import tiny_pixel
+from tiny_upscalers import tiny_pixel, tiny_x4
 
-from tropism.commands import upscale
+from tropism.commands import align, upscale
 from tropism.core import Stream, UserError
 from tropism.models.one_step import OneStep
 from tropism.models.upscale_pixel import PixelUpscale
@@ -27,6 +28,10 @@ class Grainy(OneStep):
 
     def upscale(self, low_res, noise, run):
         return F.interpolate(low_res, scale_factor=2.0) + self.grain * noise
+
+
+def bright(images, batch):
+    return images.mean((1, 2, 3))
 
 
 SMALL = {"tile": 50, "context": 4, "blend": 5}
@@ -159,3 +164,30 @@ def test_a_scale_that_is_no_whole_number(tmp_path):
     model.scale = 1.5
     with pytest.raises(UserError, match="whole number"):
         Upscaler(model, 1, 1.0)(torch.rand(1, 3, 4, 4))
+
+
+def test_what_a_family_alone_can_be_told_reaches_it_and_stays_with_the_adapter(tmp_path, monkeypatch):
+    model = str(tiny_x4(tmp_path / "m"))
+    (tmp_path / "hr").mkdir()
+    for i in range(3):
+        photo(tmp_path / "hr" / f"{i}.png", 32, 32, seed=i)
+    how = {"pictures": tmp_path / "hr", "crop": 32, "degrade": "bicubic", "reward": bright, "updates": 1, "batch": 1}
+    how |= {"options": {"steps": 2}, "evaluate_every": 0, "doctor": False}
+    for wrong, says in (
+        ("noise=5", "Did you mean noise_level"),
+        ("noise_level", "--setting 'noise_level' is not of the form"),
+    ):
+        with pytest.raises(UserError, match=says):
+            align("draft", model=model, out=tmp_path / "run", setting=[wrong], **how)
+    align("draft", model=model, out=tmp_path / "run", setting=["noise_level=50"], **how)
+    read = []
+
+    def stopped(*_, **given):
+        read.append(given.get("settings"))
+        raise InterruptedError
+
+    monkeypatch.setattr(sys.modules["tropism.commands.upscale"], "load_model", stopped)
+    for asked in ({}, {"setting": ["noise_level=7"]}):
+        with pytest.raises(InterruptedError):
+            upscale(photo(tmp_path / "small.png", 8, 8), adapter=tmp_path / "run", out=tmp_path / "large.png", **asked)
+    assert read == [{"noise_level": 50}, {"noise_level": 7}]

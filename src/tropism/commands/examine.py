@@ -38,6 +38,7 @@ def doctor(
     quantize: str | None = None,
     t5: bool = True,
     scheduler: Sequence[str] = (),
+    setting: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",

@@ -187,7 +187,7 @@ def _run(plan: Plan, job: Job, out: Path, place: Mapping[str, Any], bases: dict[
     try:
         with Recorder(folder, request.as_plain(kept), overwrite=True, console=Console(file=io.StringIO())) as recorder:
             eta = settings["eta"] if settings["evaluate_eta"] is None else settings["evaluate_eta"]
-            looks = [str(settings[n]) for n in ("height", "width", "scheduler", "quantize", "t5", "dtype")]
+            looks = [str(settings[n]) for n in ("height", "width", "scheduler", "setting", "quantize", "t5", "dtype")]
             drawn = repr((objective.name, job.seed, asked.sampling(), eta, looks, asked.held))
             judge = judge_of(asked, folder, {}, plan.prompts_each, bases.get(drawn))
             fit(

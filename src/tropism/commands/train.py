@@ -96,6 +96,7 @@ def align(
     quantize: str | None = None,
     t5: bool = True,
     scheduler: Sequence[str] = (),
+    setting: Sequence[str] = (),
     seed: int = 0,
     workers: int = 0,
     timeout: float = 60.0,
@@ -134,6 +135,7 @@ def align(
     per_prompt: pictures of one prompt in a batch, which is a multiple of it (advantages within a group need several).
     height, width: pixels. quantize: "4bit" or "8bit", of the frozen denoiser. t5: False leaves that text encoder out where the
     pipeline can do without. scheduler: "KEY=VALUE" replaces a key of the scheduler's configuration (few-step variants).
+    setting: "KEY=VALUE" of the model's family alone, such as an upscaler's noise_level=50.
     workers: processes that a slow reward without a gradient runs in (ddpo), each sample with a limit of `timeout` seconds (over it, -inf).
     budget: "AXIS=LIMIT": the update that reaches one ends the run before `updates` do; seconds, cpu_seconds, reward_queries,
     reward_gradients, forwards, backwards (rows of the network) or decodes, evaluations not counted.

@@ -51,9 +51,10 @@ def upscale(
     model: an upscaler, named as for `align`; default the one that the adapter was trained on. adapter: a run of align, or an adapter's
     folder. strength: how much of the adapter, 0 is the model without it, 1 as trained. prompt: what the picture shows, for models that
     read words. negative: what it must not show. samples: pictures drawn of each; from two on their differences tell what is made up, as
-    expected error and as NAME-doubt.png. setting: "KEY=VALUE" of the model's family, such as noise_level=50. colour: "none", or tones
-    taken from the source by "adain" or "wavelet". tile: side of the parts that large pictures are done in, in pixels of the source.
-    context: how far a part sees around itself. blend: over how many pixels it fades into the next. overwrite: make again what is there.
+    expected error and as NAME-doubt.png. setting: "KEY=VALUE" of the model's family, such as noise_level=50; default those that the
+    adapter was trained with. colour: "none", or tones taken from the source by "adain" or "wavelet". tile: side of the parts that large
+    pictures are done in, in pixels of the source. context: how far a part sees around itself. blend: over how many pixels it fades
+    into the next. overwrite: make again what is there.
     Raises UserError for anything that cannot be; a folder's pictures are checked one by one as their turn comes.
     """
     at_least_one(samples=samples, steps=steps, tile=tile)
@@ -123,7 +124,8 @@ def _model(
             "Say which model enlarges: --model stabilityai/stable-diffusion-x4-upscaler, a folder, or file.py:Class."
         )
     settings = lora.read(folder)[1] if folder else None
-    given = {"settings": overrides(setting)} if setting else {}
+    own = overrides(setting or config.get("setting", ()), "--setting noise_level=50")
+    given = {"settings": own} if own else {}
     loaded = load_model(base, device=place[0], dtype=place[1], lora=settings, **given)
     if not hasattr(loaded, "scale"):
         raise UserError(f"{base} draws from words; it enlarges nothing. Choose an upscaler with --model.")

@@ -54,8 +54,8 @@ def set_up(device: str, dtype: str, threads: int | None) -> tuple[torch.device, 
     return place, DTYPES[dtype]
 
 
-def overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """{key: value} of several "KEY=VALUE". Raises UserError for one without a key or a value."""
+def overrides(texts: Sequence[str], example: str = "--scheduler timestep_spacing=trailing") -> dict[str, Any]:
+    """{key: value} of several "KEY=VALUE". Raises UserError for one without a key or a value, with the example."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -64,9 +64,7 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             value = ""
         if not (key and equals and value):
-            raise UserError(
-                f"--scheduler {text!r} is not of the form KEY=VALUE. Try --scheduler timestep_spacing=trailing."
-            )
+            raise UserError(f"{example.split()[0]} {text!r} is not of the form KEY=VALUE. Try {example}.")
     return found
 
 

@@ -146,6 +146,7 @@ def _resolved(function: Callable, model: Model, options: Mapping[str, Any]) -> d
 def read_model(model: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
     """The model a user named, with the adapter and the options of the settings."""
     adapter = LoraSettings(settings["rank"], settings["alpha"], tuple(settings["targets"]), settings["seed"])
+    own = overrides(settings.get("setting", ()), "--setting noise_level=50")
     return load_model(
         model,
         dtype=dtype,
@@ -153,6 +154,7 @@ def read_model(model: str, settings: Mapping[str, Any], device: torch.device, dt
         lora=None if settings["full"] else adapter,
         scheduler=overrides(settings["scheduler"]),
         **{name: settings[name] for name in OF_MODEL},
+        **({"settings": own} if own else {}),
     )
 
 
