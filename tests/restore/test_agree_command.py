@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import judge_stub
 import pytest
+import torch
 from command_line import called
 from restore import folders
 from restore.folders import LEVELS, table
 from tiny_detector import tiny_dino
 
 from tropism.cli_restore import as_flags
+from tropism.judged.cases import _heated
 from tropism.restore.agreement import agreement
+from tropism.restore.distances import FeatureProxy
 from tropism.restore.ratings import read_ratings, read_scores
 
 SCORES = [1.0, 2.0, 2.3, 3.7, 3.0, 4.0, 5.0, 1.3]
@@ -193,11 +196,32 @@ def test_scores_by_features(run, tmp_path):
     assert scores[0] == pytest.approx(0, abs=1e-6) and min(scores[1:]) > 1e-4 and max(scores) == scores[3]
     assert "per_repeat" not in rows[0] and {r["higher_is_worse"] for r in rows} == {"true"}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "does not say what is invented or where" in page and page.count("data:image/png") == 8
+    assert "does not say what is invented" in page and page.count("data:image/png") == 4 * 3
+    assert re.search(r"where features differ, by [\d.e-]+ at most", page)
     counts = [f"photo_{i},{n},true\n" for i, n in enumerate(folders.SPOILT[:4])]
     (tmp_path / "exact.csv").write_text("name,score,higher_is_worse\n" + "".join(counts))
     code, printed, _ = run("agree", "--scores", tmp_path / "out" / "scores.csv", "--exact", tmp_path / "exact.csv")
     assert code == 0 and "turned" not in printed
+
+
+def test_the_map_is_of_the_patch_that_was_changed_and_options_reach_the_proxy(run, tmp_path):
+    folders.write(tmp_path, 2)
+    tiny_dino().save_pretrained(tmp_path / "dino")
+    gt = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    sr = gt.clone()
+    sr[..., 14:28, 42:] = 1 - sr[..., 14:28, 42:]
+    proxy = FeatureProxy(f"{tmp_path / 'dino'}?size=56&tokens=patch")
+    found = proxy.map(sr, gt)
+    assert found.shape == (4, 4) and divmod(int(found.argmax()), 4) == (1, 3)
+    assert proxy(sr, gt) == pytest.approx(found.mean().item(), rel=1e-6)
+    assert FeatureProxy(f"{tmp_path / 'dino'}?tokens=cls").map(sr, gt) is None
+    heated = _heated(sr, found)[0]
+    assert heated[:, 16:26, 46:].mean() > heated[:, 30:, :30].mean() + 0.2
+    words = ("score", "--sr", tmp_path / "sr", "--gt", tmp_path / "gt", "--out", tmp_path / "out", "--judge")
+    assert run(*words, f"features:{tmp_path / 'dino'}?tokens=cls")[0] == 0
+    assert "where features differ" not in (tmp_path / "out" / "report.html").read_text()
+    code, _, said = run(*words, f"features:{tmp_path / 'dino'}?token=cls")
+    assert code == 2 and "Did you mean tokens?" in said
 
 
 def test_a_damaged_picture_costs_one_distance(run, tmp_path):

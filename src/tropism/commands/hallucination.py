@@ -77,10 +77,11 @@ def score(
     """Score restored pictures for invented detail, from 1 (none) to 5: a table, and a page with the worst ones.
 
     sr, gt, lr: results, references and low-resolution pictures, folders paired by name or single files; of gt and lr at least one.
-    judge: a server's http://HOST:PORT/v1, local:FOLDER (or hub id), or features[:SOURCE], the distance of deep features to gt. model: the
-    server's name for it. repeats, tiles, cache, cache_only: as HallucinationJudge has them; the cache is OUT/cache unless told. parallel,
-    swap_share: as score_folder has them. temperature, max_tokens, logprobs, timeout, limit, key_file: as Endpoint has them. price_in,
-    price_out: of a million tokens. worst: pictures shown on the page. The same call goes on with what is in `out`.
+    judge: a server's http://HOST:PORT/v1, local:FOLDER (or hub id), or features[:SOURCE][?OPTIONS], the distance of deep features to
+    gt, by the reward feature-distance. model: the server's name for it. repeats, tiles, cache, cache_only: as HallucinationJudge has
+    them; the cache is OUT/cache unless told. parallel, swap_share: as score_folder has them. temperature, max_tokens, logprobs,
+    timeout, limit, key_file: as Endpoint has them. price_in, price_out: of a million tokens. worst: pictures shown on the page. The
+    same call goes on with what is in `out`.
     Raises UserError for pictures that do not belong together, settings that cannot be, a judge that cannot be asked, an `out` that holds
     another scoring, and where no picture could be scored; Interrupted after a signal.
     """
@@ -205,8 +206,9 @@ def _told(
     items = {row.name: row.result.items for row in rows if isinstance(row, Row) and row.result}
     highest = sorted((n for n in lines if n.score is not None), key=lambda n: -(n.score or 0))[: max(worst, 0)]
     notes = [f"{file.name}: {'; '.join(said)}." for file, said in sorted(sources.notes.items())]
+    proxy = work.distance if isinstance(work, Features) else None
     shown = [
-        cases.case(by_name[n.name], Sources(work.pixels), n.score or 0, n.per_repeat, items.get(n.name, []))
+        cases.case(by_name[n.name], Sources(work.pixels), n.score or 0, n.per_repeat, items.get(n.name, []), proxy)
         for n in highest
     ]
     given = (

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tropism.core import UserError
 from tropism.judged.findings import Finding, grouped, inside, view
+from tropism.restore.distances import FeatureProxy
 from tropism.restore.judge_pictures import WHOLE, Box, framed
 from tropism.restore.judge_reply import Item
 from tropism.restore.loading import Sources
@@ -52,8 +56,15 @@ class Case:
     crisp: bool
 
 
-def case(pair: Pair, sources: Sources, score: float, per_repeat: Sequence[float], items: Sequence[Item]) -> Case | None:
-    """A picture and what was found in it; None where its files can no longer be read."""
+def case(
+    pair: Pair,
+    sources: Sources,
+    score: float,
+    per_repeat: Sequence[float],
+    items: Sequence[Item],
+    proxy: FeatureProxy | None = None,
+) -> Case | None:
+    """A picture and what was found in it, of a proxy where it found it; None where its files can no longer be read."""
     try:
         frame = framed(
             sources.load(pair.sr), pair.gt and sources.load(pair.gt), None if pair.lr is None else sources.load(pair.lr)
@@ -66,6 +77,8 @@ def case(pair: Pair, sources: Sources, score: float, per_repeat: Sequence[float]
     part = view(found, height, width)
     cut = {label: _cut(frame[label], part) for label in sorted(frame)}
     shots = [(CAPTIONS[label], _shot(x)) for label, x in cut.items()]
+    if proxy and (warm := proxy.map(frame["C"], frame["B"])) is not None:
+        shots.append((f"where features differ, by {warm.max():.2g} at most", _shot(_heated(frame["C"], warm))))
     h, w = cut["C"].shape[-2:]
     told = "" if part == WHOLE else f"{w} × {h} pixels of {width} × {height}, from {_corner(part, height, width)}"
     return Case(
@@ -94,6 +107,13 @@ def _cut(x: Tensor, part: Box) -> Tensor:
 def _shot(x: Tensor) -> str:
     """A picture as a data address, reduced where it is large."""
     return uri(pictures.picture(x[0], min(SHOWN, max(x.shape[-2:]))))
+
+
+def _heated(x: Tensor, warm: Tensor) -> Tensor:
+    """A picture (1, 3, H, W) in grey under the colours of a map (p, q), from black for 0 to yellow for its largest value."""
+    share = F.interpolate(warm[None, None], x.shape[-2:], mode="bilinear")[0, 0] / warm.max().clamp_min(1e-12)
+    colours = torch.from_numpy(matplotlib.colormaps["inferno"](share.numpy())[..., :3]).permute(2, 0, 1)
+    return 0.4 * x.mean(1, keepdim=True) + 0.6 * colours.to(x)
 
 
 def _mark(number: int, finding: Finding, part: Box) -> Mark | None:

@@ -107,8 +107,8 @@ def unknown(told: Scored) -> list[str]:
     agree = "tropism hallucination agree compares them with people's ratings or a known count."
     if not told.levels:
         return [
-            "A distance of features does not say what is invented or where, and it also rises with blur, noise and shifts. It orders "
-            "pictures; its unit means nothing.",
+            "A distance of features does not say what is invented, and it also rises with blur, noise and shifts. It orders pictures; its "
+            "unit means nothing. Where it lies is shown patch by patch, each picture in colours of its own.",
             f"How well it follows invented detail on pictures like these is not known from this page; {agree}",
         ]
     said = []

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tropism.core import UserError
-from tropism.restore.distances import Measured, feature_distance, measure_folder
+from tropism.restore.distances import FeatureProxy, Measured, measure_folder
 from tropism.restore.judge import HallucinationJudge
 from tropism.restore.judge_client import Endpoint
 from tropism.restore.judge_local import LocalJudge
 from tropism.restore.judge_pictures import LONGEST
 from tropism.restore.scoring import Row, score_folder
-from tropism.rewards.features import SOURCE
+from tropism.rewards.towers import SOURCE
 from tropism.run.checks import DTYPES
 
 OF_JUDGES = ("repeats", "tiles", "swap_share", "cache", "cache_only", "temperature", "max_tokens")
@@ -29,11 +29,12 @@ def kind_of(settings: Mapping[str, Any]) -> str:
     """server, local or features. Raises UserError for another judge and for settings that it does not have."""
     judge = settings["judge"]
     head, _, rest = judge.partition(":")
+    head = head.partition("?")[0]
     kind = {"http": "server", "https": "server", "local": "local", "features": "features"}.get(head)
     if kind is None or (kind == "local" and not rest) or judge == "features:":
         raise UserError(
             f"There is no judge {judge!r}. Give a server's address (http://HOST:PORT/v1), local:FOLDER of a vision-language model, or "
-            "features for the distance of deep features to the references."
+            "features[:SOURCE][?OPTIONS] for the distance of deep features to the references."
         )
     for name in (*OF_JUDGES, *OF_SERVERS):
         if settings[name] not in (None, False) and kind not in kinds_with(name):
@@ -92,11 +93,13 @@ class Features:
     backend, pixels = None, FEATURE_PIXELS
 
     def __init__(self, settings: Mapping[str, Any], place: Any):
-        source = settings["judge"].partition(":")[2] or SOURCE
-        self.name, self._distance = f"features:{source}", feature_distance(source, place)
+        text = settings["judge"].removeprefix("features").removeprefix(":")
+        source, question, options = text.partition("?")
+        self.name = f"features:{source or SOURCE}{question}{options}"
+        self.distance = FeatureProxy(text, place)
 
     def rows(self, triples: Iterable[Any], file: Path) -> Iterator[Measured]:
-        return measure_folder(self._distance, self.name, triples, file)
+        return measure_folder(self.distance, self.name, triples, file)
 
 
 Work = Judge | Features

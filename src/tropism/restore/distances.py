@@ -1,6 +1,7 @@
 """Pictures scored by the distance of deep features to their references: a proxy of invented detail that needs no judge.
 
-Source: Hallucination Score, arXiv 2507.14367, finds distances of deep features that follow it; which, could not be read there.
+Source: Hallucination Score, arXiv 2507.14367, finds distances of deep features that follow it; which, could not be read there. The distance
+is that of the reward `feature-distance` (rewards.feature_distance).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropism.core import Batch, UserError
+from tropism.core import UserError
 from tropism.restore.judge_pictures import in_8_bits
 from tropism.restore.scoring import EVERY, Triple, write_table
-from tropism.rewards.features import SOURCE, feature_similarity
+from tropism.rewards.feature_distance import feature_distance
 
 COLUMNS = ("name", "score", "judge", "mode", "higher_is_worse", "error")
 Distance = Callable[[Tensor, Tensor], float]
@@ -34,15 +35,25 @@ class Measured:
     error: str = ""
 
 
-def feature_distance(source: str = SOURCE, device: str | torch.device = "cpu") -> Distance:
-    """1 - the cosine of two pictures' features, in [0, 2], by the reward `features`. source: a folder or hub id. Raises UserError."""
-    similarity = feature_similarity(source)
+class FeatureProxy:
+    """The distance of deep features of a result to its reference, and where in the picture it lies.
 
-    def distance(sr: Tensor, gt: Tensor) -> float:
-        with torch.no_grad():
-            return 1 - float(similarity(sr.to(device), Batch([""], reference=gt.to(device))))
+    text: what follows "feature-distance:", SOURCE, ?OPTIONS or both. Raises UserError for what cannot be loaded or does not exist.
+    """
 
-    return distance
+    def __init__(self, text: str = "", device: str | torch.device = "cpu"):
+        self.proxy, self.device = feature_distance(text), device
+
+    @torch.no_grad()
+    def __call__(self, sr: Tensor, gt: Tensor) -> float:
+        return float(self.proxy.distance(sr.to(self.device), gt.to(self.device)))
+
+    @torch.no_grad()
+    def map(self, sr: Tensor, gt: Tensor) -> Tensor | None:
+        """One distance a patch, (p, q), on the CPU; None where no patches are compared."""
+        if self.proxy.tokens not in ("both", "patch"):
+            return None
+        return self.proxy.map(sr.to(self.device), gt.to(self.device))[0].float().cpu()
 
 
 def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], out: str | Path) -> Iterator[Measured]:
