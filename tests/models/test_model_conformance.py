@@ -247,11 +247,10 @@ def test_chain_gradient_is_a_central_difference(make):
     assert abs(found / expected - 1) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_checkpointing_changes_nothing(make, dtype):
+def test_checkpointing_changes_nothing(make):
     results = []
     for checkpointing in (False, True):
-        model = make(dtype=dtype, checkpointing=checkpointing)
+        model = make(dtype=torch.bfloat16, checkpointing=checkpointing)
         x, cond = begun(model)
         x.requires_grad_()
         with model.base():  # its blocks are recomputed after the adapter is back on
