@@ -299,6 +299,13 @@ def test_a_model_without_eyes(server, time):
     ("how", "kind", "says"),
     [
         (refusal(400, "context length exceeded"), JudgeFailed, r"status 400: context length exceeded"),
+        (
+            refusal(400, "maximum context length is 8192, you requested 9000 image tokens"),
+            JudgeFailed,
+            "maximum context",
+        ),
+        (refusal(422, "Failed to decode image 2"), JudgeFailed, "decode image 2"),
+        (refusal(400, "image exceeds 20 megapixels"), JudgeFailed, "20 megapixels"),
         (refusal(413, "too large"), JudgeFailed, r"status 413: too large"),
         ((400, {"detail": "bad body"}), JudgeFailed, r"bad body"),
         ((400, {"error": "bad body"}), JudgeFailed, r"bad body"),

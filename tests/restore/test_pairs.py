@@ -51,6 +51,12 @@ def test_names_that_belong_together(three, sr, gt):
     assert names(pairs.paired(*three([sr, "z.png"], [gt, "z.png"])))[0 if sr < "z.png" else 1] == (sr, gt, None)
 
 
+@pytest.mark.parametrize(("sr", "gt"), [("box2.png", "box3.png"), ("fox4.png", "fo_hr.png"), ("mix2x.png", "mi.png")])
+def test_a_name_is_not_cut_inside_a_word(three, sr, gt):
+    with pytest.raises(UserError):
+        pairs.paired(*three([sr], [gt]))
+
+
 def test_three_folders(three):
     found = pairs.paired(*three(["b_x4.png", "a_x4.png"], ["a.jpg", "b.png", "c.png"], ["a_LR4.png", "b_LR4.png"]))
     assert names(found) == [("a_x4.png", "a.jpg", "a_LR4.png"), ("b_x4.png", "b.png", "b_LR4.png")]

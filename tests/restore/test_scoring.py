@@ -142,6 +142,17 @@ def test_a_judge_that_only_talks_is_left_soon(server, tmp_path):
     assert len(server.requests) == 9 and [bool(row["error"]) for row in table(tmp_path / "s.csv")] == [True] * 3
 
 
+def test_a_damaged_picture_does_not_hide_that_a_judge_only_talks(server, tmp_path):
+    def broken():
+        raise UserError("broken.png is cut off.")
+
+    server.respond = lambda _: "What a lovely picture!"
+    given = [("broken", broken, broken, None), *triples()]
+    with pytest.raises(JudgeUnavailable, match="no verdict on any of the first 3 pictures"):
+        list(score_folder(judge(server), given, tmp_path / "s.csv", swap_share=0))
+    assert len(server.requests) == 9
+
+
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_a_judge_that_goes_away_ends_the_work(server, tmp_path, parallel):
     rows = score_folder(judge(server), triples(), tmp_path / "s.csv", swap_share=0, parallel=parallel)

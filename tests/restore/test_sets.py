@@ -186,6 +186,16 @@ def test_an_upscaler_is_trained_on_a_folder(tmp_path):
     assert "crop: 16" in config and "degrade: bicubic" in config
 
 
+@pytest.mark.parametrize("crop", [0, 16])
+def test_low_resolution_pictures_of_another_scale_are_named(tmp_path, crop):
+    large, small = saved(tmp_path / "hr", ["a.png"], (64, 32)), saved(tmp_path / "lr", ["a.png"], (32, 16))
+    prompts = with_pictures(prompts_of(large, small), Enlarges(), crop=crop)
+    with pytest.raises(
+        UserError, match=r"has 32 x 16 pixels and its original a\.png 64 x 32.*so 16 x 8 pixels belong to it"
+    ):
+        as_batch(prompts)
+
+
 def test_a_batch_is_filled_by_meta_alone(originals):
     file = str(next(originals.iterdir()))
     one = Pictures(4, replace(PRESET, scale=4))(Batch(["a"], meta=[{"reference": file}], index=(7,)))

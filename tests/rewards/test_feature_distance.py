@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,3 +353,15 @@ def test_prompts_without_a_reference_are_refused_before_a_run(judge, asked):
     check_prompts(both, [p.text for p in prompts], [dict(p.meta) for p in prompts])
     with pytest.raises(UserError, match=r"has none for 'a cat'\. Give one a prompt: in a \.jsonl file"):
         check_prompts(both, ["a cat"], [{}])
+
+
+def test_reference_files_are_read_as_a_viewer_shows_them(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert read_picture(tmp_path / "deep.png").mean() == pytest.approx(0.5, abs=0.01)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_picture(tmp_path / "clear.png") == 1).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "turned.jpg", exif=turned)
+    assert read_picture(tmp_path / "turned.jpg").shape == (3, 64, 32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from tiny_upscalers import tiny_pixel, tiny_x4
 
@@ -191,3 +192,38 @@ def test_what_a_family_alone_can_be_told_reaches_it_and_stays_with_the_adapter(t
         with pytest.raises(InterruptedError):
             upscale(photo(tmp_path / "small.png", 8, 8), adapter=tmp_path / "run", out=tmp_path / "large.png", **asked)
     assert read == [{"noise_level": 50}, {"noise_level": 7}]
+
+
+def test_an_adapters_chain_is_that_of_its_run(tmp_path, monkeypatch):
+    from tropism.models import lora
+
+    model = str(tiny_pixel(tmp_path / "m", 3))
+    lora.save(PixelUpscale.load(model, lora=lora.LoraSettings(rank=2)), tmp_path / "lora")
+    run = {"model": model, "eta": 1.0, "scheduler": ["timestep_spacing=trailing"], "evaluate_steps": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**run, "options": {"steps": 3, "guidance": 1.0}}))
+    drawn = []
+
+    def stopped(upscaler, *_, **__):
+        process = upscaler.model.process
+        drawn.append((upscaler.steps, upscaler.guidance, process.eta, process.times(upscaler.steps).tolist()[0]))
+        raise InterruptedError
+
+    monkeypatch.setattr(sys.modules["tropism.commands.upscale"], "upscaled", stopped)
+    for more in ({}, {"steps": 5}):
+        with pytest.raises(InterruptedError):
+            upscale(photo(tmp_path / "a.png", 8, 8), adapter=tmp_path, out=tmp_path / "b.png", **more)
+    assert [d[0] for d in drawn] == [3, 5] and {d[1:] for d in drawn} == {(1.0, 1.0, 999)}
+
+
+def test_what_would_be_lost_is_refused_and_what_was_changed_is_said(tmp_path, capsys):
+    file = photo(tmp_path / "a.png", 40, 40)
+    with pytest.raises(UserError, match="would be written over itself"):
+        upscale(file, model=Grainy(), out=file, overwrite=True)
+    for more in ({"adapter": "nowhere"}, {"strength": 0.3}, {"setting": ["noise_level=7"]}):
+        with pytest.raises(UserError, match="are for a model that is named"):
+            upscale(file, model=Grainy(), out=tmp_path / "b.png", **more)
+    clear = Image.open(file).convert("RGBA")
+    clear.putalpha(128)
+    clear.save(tmp_path / "clear.png")
+    upscale(tmp_path / "clear.png", model=Grainy(), out=tmp_path / "c.png", steps=1)
+    assert "clear.png: " in capsys.readouterr().out

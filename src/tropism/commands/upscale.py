@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,11 +63,19 @@ def upscale(
     check_colour(colour)
     files = pictures_of(source)
     places = _places(Path(source), files, Path(out))
+    if over := [p for f, p in zip(files, places, strict=True) if p.exists() and p.samefile(f)]:
+        raise UserError(f"{over[0]} would be written over itself. Choose another --out.")
     machine = set_up(device, dtype, threads)
     named = model is None or isinstance(model, str)
-    loaded = _model(cast(Any, model), adapter, strength, setting, machine) if named else cast(Model, model)
-    steps = int(steps or getattr(loaded, "steps", 50))
-    weight = getattr(loaded, "guidance", 1.0) if guidance is None else guidance
+    if not named and (adapter or setting or strength != 1):
+        raise UserError(
+            "adapter, strength and setting are for a model that is named. Load them into the one you give, or name it."
+        )
+    trained = export.found(Path(adapter)) if adapter else (None, {})
+    loaded = _model(cast(Any, model), trained, strength, setting, machine) if named else cast(Model, model)
+    steps = int(steps or _deployed(trained[1], "steps") or getattr(loaded, "steps", 50))
+    weight = guidance if guidance is not None else _deployed(trained[1], "guidance")
+    weight = getattr(loaded, "guidance", 1.0) if weight is None else weight
     getattr(loaded, "check_request", lambda *_: None)(guidance, [negative])
     loaded.process.times(steps, getattr(loaded, "shape", (1, 1, 1)))
     upscaler = Upscaler(loaded, steps, weight, prompt, negative, seed, samples, colour)
@@ -78,7 +86,8 @@ def upscale(
             say(f"{place} is there already; --overwrite makes it anew.")
             continue
         found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend))
-        say(told(found[-1]))
+        for line in (told(found[-1]), *(f"{file.name}: {note}." for note in found[-1].notes)):
+            say(line)
         if samples > 1 and len(files) > 1:
             _add_to_table(Path(out) / "upscale.csv", found[-1])
     return found
@@ -113,11 +122,24 @@ def _places(source: Path, files: Sequence[Path], out: Path) -> list[Path]:
     return places
 
 
+def _deployed(config: Mapping[str, Any], name: str) -> Any:
+    """What a run's held-out pictures were drawn with: its own setting for evaluation, else that of training; None of no run."""
+    own = config.get(f"evaluate_{name}")
+    return {**config, **(config.get("options") or {})}.get(name) if own is None else own
+
+
 def _model(
-    model: str | None, adapter: str | Path | None, strength: float, setting: Sequence[str], place: tuple[Any, Any]
+    model: str | None,
+    trained: tuple[Path | None, Mapping[str, Any]],
+    strength: float,
+    setting: Sequence[str],
+    place: tuple[Any, Any],
 ) -> Model:
-    """The upscaler with its adapter at a strength. Raises UserError for a model that draws from words alone."""
-    folder, config = export.found(Path(adapter)) if adapter else (None, {})
+    """The upscaler with its adapter at a strength, its chain as the adapter was trained. trained: the adapter's folder and settings.
+
+    Raises UserError for a model that draws from words alone.
+    """
+    folder, config = trained
     base = model or config.get("model")
     if not base:
         raise UserError(
@@ -125,7 +147,9 @@ def _model(
         )
     settings = lora.read(folder)[1] if folder else None
     own = overrides(setting or config.get("setting", ()), "--setting noise_level=50")
-    given = {"settings": own} if own else {}
+    given: dict[str, Any] = {"settings": own} if own else {}
+    if config:
+        given |= {"scheduler": overrides(config.get("scheduler") or ()), "eta": _deployed(config, "eta") or 0.0}
     loaded = load_model(base, device=place[0], dtype=place[1], lora=settings, **given)
     if not hasattr(loaded, "scale"):
         raise UserError(f"{base} draws from words; it enlarges nothing. Choose an upscaler with --model.")

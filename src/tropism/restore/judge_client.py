@@ -30,6 +30,18 @@ WARMER = 0.3
 LONGEST_PAUSE = 30.0
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured", "grammar", "guided")
 _IMAGE_WORDS = ("image", "multimodal", "multi-modal", "vision", "mmproj")
+_OF_ONE_PICTURE = (
+    "context",
+    "decode",
+    "corrupt",
+    "too large",
+    "too small",
+    "exceed",
+    "pixel",
+    "resolution",
+    "dimension",
+)
+"""Words of a refusal that is this picture's, or this request's, and not the model's."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +253,8 @@ class Endpoint:
             raise JudgeUnavailable(
                 f"The judge at {self.place} {how} the environment variable {KEY} (status {status}): {words}"
             )
-        if status in (400, 422) and any(word in words.lower() for word in _IMAGE_WORDS):
+        of_pictures, of_one = (any(w in words.lower() for w in told) for told in (_IMAGE_WORDS, _OF_ONE_PICTURE))
+        if status in (400, 422) and of_pictures and not of_one:
             raise JudgeUnavailable(
                 f"The model {self.name!r} at {self.place} takes no pictures, or not so many: {words}. Serve a vision-language model "
                 "(llama.cpp: with --mmproj; vLLM: with --limit-mm-per-prompt)."

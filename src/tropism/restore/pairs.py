@@ -33,7 +33,9 @@ ENDINGS = (
     "ref",
     "bicubic",
 )
-_ENDING = re.compile(rf"[ _.-]?(?:[_.-]?x[2-9]|x1[0-6]|[2-9]x)$|[ _.-](?:{'|'.join(ENDINGS)})(?:x?[2-9])?$")
+_ENDING = re.compile(
+    rf"(?:[ _.-]|(?<=[0-9]))(?:x[2-9]|x1[0-6])$|[ _.-][2-9]x$|[ _.-](?:{'|'.join(ENDINGS)})(?:x?[2-9])?$"
+)
 _SHOWN = 8
 
 

@@ -99,12 +99,13 @@ def score_folder(
 def _kept(
     judge: HallucinationJudge, triples: Iterable[Triple], out: Path, parallel: int, swap_share: float
 ) -> Iterator[Row]:
-    rows, failures = list[Row](), 0
+    rows, failures, asked = list[Row](), 0, 0
     try:
         for row, failure in _in_order(_named_once(triples), lambda t: _row(judge, t, swap_share), parallel):
             rows.append(row)
             failures += failure is not None
-            if failure is not None and failures == len(rows) == HOPELESS:
+            asked += failure is not None or row.result is not None
+            if failure is not None and failures == asked == HOPELESS:
                 raise JudgeUnavailable(f"The judge gave no verdict on any of the first {HOPELESS} pictures. {failure}")
             if len(rows) % EVERY == 0:
                 write_scores(out, rows)

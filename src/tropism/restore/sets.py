@@ -58,6 +58,8 @@ class Pictures:
     def _row(self, meta: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         """One reference (1, 3, H, W), or None, and its low-resolution picture."""
         large, small = (_bytes(str(meta[k])) if meta.get(k) else None for k in ("reference", "low_res"))
+        if large is not None and small is not None:
+            self._check_scale(large, small, meta)
         grid = [n // self.scale for n in large.shape[-2:]] if large is not None else small.shape[-2:]  # type: ignore[union-attr]
         top, left, height, width = self._window(grid, meta)
         low = None if small is None else _part(small, top, left, height, width)
@@ -68,6 +70,15 @@ class Pictures:
             key = meta["draw"] if "draw" in meta else BESIDE_TRAINING + _number(str(meta["reference"]))
             low = degraded(reference, self.how, self.seed, [key])
         return reference, low
+
+    def _check_scale(self, large: Tensor, small: Tensor, meta: dict[str, Any]) -> None:
+        (high, wide), (h, w) = large.shape[-2:], small.shape[-2:]
+        if (high // self.scale, wide // self.scale) != (h, w):
+            raise UserError(
+                f"{meta['low_res']} has {w} x {h} pixels and its original {Path(str(meta['reference'])).name} {wide} x {high}. The model "
+                f"enlarges {self.scale} times, so {wide // self.scale} x {high // self.scale} pixels belong to it. Give such pictures, or "
+                "leave --low-res out."
+            )
 
     def _window(self, grid: Sequence[int], meta: dict[str, Any]) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the part to cut out of a picture that is `grid` low-resolution pixels high and wide."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tropism.core import Batch, UserError
@@ -53,10 +53,21 @@ def of_file(file: str) -> Reference:
 
 
 def read_picture(file: str) -> Tensor:
-    """(3, H, W) in [0, 1]. Raises UserError for a file that is no picture."""
+    """(3, H, W) in [0, 1] as a viewer shows it: turned as EXIF says, on white where it is transparent, 16 bits scaled.
+
+    Raises UserError for a file that is no picture.
+    """
     try:
         with Image.open(file) as opened:
-            pixels = np.array(opened.convert("RGB"))
+            shown = ImageOps.exif_transpose(opened)
+            if shown.mode.startswith("I"):
+                shown = Image.fromarray(
+                    np.round(np.asarray(shown, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)
+                )
+            if shown.has_transparency_data:
+                shown = shown.convert("RGBA")
+                shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+            pixels = np.array(shown.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(file, error) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -152,7 +152,8 @@ def _padded(part: Tensor, multiple: int) -> Tensor:
 @dataclass(frozen=True)
 class Upscaled:
     """A finished picture. doubt: the expected absolute error of a channel, in [0, 1], psnr: the expected PSNR in dB, both if the model
-    samples the posterior; None of a single sample, psnr infinite where all samples are equal.
+    samples the posterior; None of a single sample, psnr infinite where all samples are equal. notes: what was done to the source
+    before, such as turning it or laying it on white.
     """
 
     source: Path
@@ -162,6 +163,7 @@ class Upscaled:
     doubt: float | None = None
     psnr: float | None = None
     heat: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context: int, blend: int) -> Upscaled:
@@ -174,7 +176,7 @@ def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context:
     parts = cast(Picture, _Parts(picture, upscaler))
     tiles.upscaled(upscaler, parts, out, tile=tile, context=context, blend=blend)
     k = upscaler.scale
-    done = Upscaled(source, out, k * picture.height, k * picture.width)
+    done = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
     if upscaler.samples < 2:
         return done
     absolute, squared = upscaler.doubt.double().mean((1, 2)).tolist()
