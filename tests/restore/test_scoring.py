@@ -210,12 +210,16 @@ def test_nothing_to_score(server, tmp_path):
 
 
 def test_the_interval_covers_the_mean():
-    """Check 14: 93 to 97 % of simulated sets; 400 of them have a standard error of 1.1 %."""
-    rng, hits = np.random.default_rng(0), 0
-    for trial in range(400):
-        low, high = bootstrap(rng.choice([1, 2, 3, 4, 5], 80, p=[0.4, 0.3, 0.15, 0.1, 0.05]).tolist(), trial, 300)
-        hits += low <= 2.1 <= high
-    assert 0.92 <= hits / 400 <= 0.97
+    """Check 14: 93 to 97 % of simulated sets; 400 of them have a standard error of 1.1 %. Of 8 pictures a little less, of 5 only
+    80 %: the page says so.
+    """
+    rng = np.random.default_rng(0)
+    for n, least in ((80, 0.92), (12, 0.91), (8, 0.9)):
+        hits = 0
+        for trial in range(400):
+            low, high = bootstrap(rng.choice([1, 2, 3, 4, 5], n, p=[0.4, 0.3, 0.15, 0.1, 0.05]).tolist(), trial, 300)
+            hits += low <= 2.1 <= high
+        assert least <= hits / 400 <= 0.98, n
 
 
 def test_the_interval_is_seeded_and_needs_two():

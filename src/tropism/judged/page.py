@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.stats import binomtest
 
 from tropism.core import UserError
 from tropism.judged.cases import Case
@@ -88,6 +89,10 @@ def judged(rows: Sequence[Row]) -> tuple[list[Line], Summary]:
 # ---------------------------------------------------------------------------------------------------- words
 
 
+FEW = 8
+"""Pictures below which a bootstrap interval covers the mean in less than nine of ten cases."""
+
+
 def headline(told: Scored) -> str:
     """The mean and its interval in one sentence, which the command prints too."""
     found, what = told.summary, f"mean of {told.summary.scored} pictures"
@@ -98,6 +103,8 @@ def headline(told: Scored) -> str:
         if math.isnan(found.low)
         else f"95 % interval {found.low:.{digits}f} to {found.high:.{digits}f}"
     )
+    if 1 < found.scored < FEW:
+        interval += " (too narrow, of so few)"
     failed = f"; {found.failed} could not be scored" if found.failed else ""
     return f"{'Hallucination score' if told.levels else 'Feature distance'} {value}, {what}, {interval}{failed}."
 
@@ -138,9 +145,10 @@ def levels(lines: Sequence[Line]) -> list[tuple[int, str, int, float]]:
 
 
 def grave(lines: Sequence[Line]) -> tuple[float, float, float]:
-    """The share of pictures at level 4 or 5 and the ends of its 95 % bootstrap interval."""
-    above = [float(math.floor(line.score + 0.5) >= GRAVE) for line in lines if line.score is not None]
-    return math.fsum(above) / max(len(above), 1), *bootstrap(above)
+    """The share of pictures at level 4 or 5 and the ends of its 95 % interval (Wilson's)."""
+    above = [math.floor(line.score + 0.5) >= GRAVE for line in lines if line.score is not None]
+    ends = binomtest(sum(above), len(above)).proportion_ci(method="wilson") if above else (math.nan, math.nan)
+    return sum(above) / max(len(above), 1), *map(float, ends)
 
 
 def total(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

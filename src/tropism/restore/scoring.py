@@ -22,6 +22,7 @@ from tropism.core import UserError
 from tropism.restore.judge import HallucinationJudge, HSResult
 from tropism.restore.judge_cache import write_whole
 from tropism.restore.judge_reply import JudgeFailed, JudgeUnavailable
+from tropism.restore.resampled import intervals
 
 COLUMNS = (
     "name",
@@ -230,13 +231,11 @@ def summary(rows: Iterable[Row], seed: int = 0, draws: int = 2000) -> Summary:
     return Summary(mean, low, high, len(scores), len(rows) - len(scores), len(swaps), swap)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """The ends of the percentile bootstrap interval of a mean over pictures. NaN below two values, which say nothing of a spread."""
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """The ends of the 95 % bootstrap interval of a mean over pictures (restore.resampled). NaN below two values, which say nothing of a
+    spread.
+    """
     if len(values) < 2:
         return math.nan, math.nan
-    rng, x = np.random.default_rng(seed), np.asarray(values, float)
-    piece = max(1, 10**6 // len(x))  # drawings held at a time
-    sizes = [min(piece, draws - done) for done in range(0, draws, piece)]
-    means = [x[rng.integers(len(x), size=(size, len(x)))].mean(1) for size in sizes]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    x, counts = np.unique(np.asarray(values, float), return_counts=True)
+    return intervals(lambda drawn: {"mean": drawn @ x / drawn.sum(1)}, counts, draws, seed)["mean"]
