@@ -86,6 +86,33 @@ def test_samples_tell_the_grain(tmp_path):
     assert pixels(done.heat).shape == (70, 90, 3)
 
 
+class Nervous(Grainy):
+    """Wrong by the noise within 8 pixels of a part's upper left edges, which is context and thrown away but at the picture's own edge."""
+
+    def upscale(self, low_res, noise, run):
+        made = torch.full_like(noise, 0.5)
+        made[..., :16, :] += 0.3 * noise[..., :16, :]
+        made[..., :16] += 0.3 * noise[..., :16]
+        return made
+
+
+def test_what_is_thrown_away_of_a_part_is_no_doubt(tmp_path):
+    done = upscale(
+        photo(tmp_path / "a.png"), model=Nervous(), out=tmp_path / "b.png", samples=3, tile=50, context=9, blend=5
+    )[0]
+    inside, heat = pixels(tmp_path / "b.png")[16:, 16:], pixels(done.heat)[8:, 8:]
+    assert (inside == inside[0, 0]).all()
+    assert (heat[..., 0] == heat[..., 1]).all() and done.doubt > 0.01  # grey inside, and red at the picture's edges
+
+
+def test_a_map_that_is_missing_is_made(tmp_path):
+    file, out = photo(tmp_path / "a.png"), tmp_path / "b.png"
+    upscale(file, model=Grainy(), out=out, **SMALL)
+    assert upscale(file, model=Grainy(), out=out, **SMALL) == []
+    assert upscale(file, model=Grainy(), out=out, samples=2, **SMALL)[0].heat.exists()  # as if it had been interrupted
+    assert upscale(file, model=Grainy(), out=out, samples=2, **SMALL) == []
+
+
 def test_a_fair_sampler_is_as_far_from_the_truth_as_from_itself():
     """On the glyphs world, whose posterior can be sampled: squared error and difference of two samples agree within 4 standard errors."""
     batch = glyphs_posterior.batch(range(600), 0)

@@ -19,7 +19,7 @@ from tropism.restore.judge_cache import write_whole
 from tropism.restore.pairs import pictures_of
 from tropism.run import export
 from tropism.run.checks import at_least_one, finite_numbers, not_negative, overrides, set_up
-from tropism.run.upscaling import Upscaled, Upscaler, check_colour, upscaled
+from tropism.run.upscaling import Upscaled, Upscaler, check_colour, heat_of, upscaled
 
 
 def upscale(
@@ -82,7 +82,7 @@ def upscale(
     say = Console(soft_wrap=True, highlight=False, markup=False).print
     found = []
     for file, place in zip(files, places, strict=True):
-        if place.exists() and not overwrite:
+        if place.exists() and (samples == 1 or heat_of(place).exists()) and not overwrite:
             say(f"{place} is there already; --overwrite makes it anew.")
             continue
         found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend))

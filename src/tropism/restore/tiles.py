@@ -76,21 +76,25 @@ def upscaled(
     tile: int = 512,
     context: int = 32,
     blend: int = 32,
+    tell: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """A picture file through a function (1, 3, h, w) -> (1, 3, k h, k w) into the PNG file `path`, a row of tiles at a time.
+    """A picture file through a function (1, 3, h, w) -> (1, C, k h, k w) into the PNG file `path`, a row of tiles at a time.
 
-    Beside the picture that takes 12 k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels and k = 4. The file is there
-    when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
+    The first three channels are written; tell: called with every piece of all channels, (1, C, rows, k W), from top to bottom.
+    Beside the picture that takes 4 C k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels, C = 3 and k = 4. The file
+    is there when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
     """
     pieces = strips(function, picture.window, picture.height, picture.width, tile=tile, context=context, blend=blend)
     first = next(pieces)
     k = first.shape[-1] // picture.width
     with png(path, k * picture.height, k * picture.width, picture.profile) as write:
-        write(first)
-        del first  # or the row of tiles that it is a part of would stay while others are made, here and below
-        for rows in pieces:
-            write(rows)
-            del rows
+        while True:
+            write(first[:, :3])
+            if tell:
+                tell(first)
+            del first  # or the row of tiles that it is a part of would stay while others are made
+            if (first := next(pieces, None)) is None:
+                break
 
 
 def strips(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
@@ -60,11 +60,9 @@ class PlacedDraw(Draw):
 
 @dataclass
 class Upscaler:
-    """A picture's parts, one after the other, through a model. Calling it with one (1, 3, h, w) gives the first sample, enlarged.
+    """A picture's parts, one after the other, through a model: one (1, 3, h, w) becomes its samples, (1, 3 samples, k h, k w).
 
-    samples: how many are drawn of each part. colour: none, adain or wavelet. doubt: of the picture that `begin` announced, by
-    low-resolution pixel, the mean absolute and mean squared difference of two samples, (2, H, W); empty for a single sample.
-    corner: (top, left) of the part to come.
+    samples: how many are drawn of each part. colour: none, adain or wavelet. corner: (top, left) of the part to come.
     """
 
     model: Model
@@ -75,7 +73,6 @@ class Upscaler:
     seed: int = 0
     samples: int = 1
     colour: str = "none"
-    doubt: Tensor = field(default_factory=lambda: torch.zeros(2, 0, 0))
     corner: tuple[int, int] = (0, 0)
 
     @property
@@ -96,11 +93,6 @@ class Upscaler:
         step = self.model._factor() * self.model.patch
         return step // math.gcd(step, self.scale)
 
-    def begin(self, picture: Picture) -> None:
-        """The parts to come are this picture's."""
-        size = (picture.height, picture.width) if self.samples > 1 else (0, 0)
-        self.doubt = torch.zeros(2, *size)
-
     def __call__(self, part: Tensor) -> Tensor:
         """The part whose upper left corner is `corner`."""
         height, width = part.shape[-2:]
@@ -109,10 +101,7 @@ class Upscaler:
         made = torch.cat([self._drawn(batch, i, given.shape[-2]) for i in range(self.samples)])
         made = made[..., : k * height, : k * width]
         made = COLOURS[self.colour](made, enlarged(part, k * height, k * width).expand_as(made)).clamp(0, 1)
-        if self.samples > 1:
-            top, left = self.corner
-            self.doubt[:, top : top + height, left : left + width] = differences(made, k)
-        return made[:1]
+        return made.flatten(0, 1)[None]
 
     def _drawn(self, batch: Batch, number: int, side: int) -> Tensor:
         draw = PlacedDraw(self.seed, 0, (number,), self.corner, side)
@@ -171,34 +160,41 @@ def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context:
 
     tile, context, blend: see restore.tiles, in pixels of the source. Raises UserError for what cannot be read, written or enlarged.
     """
-    picture = pictures.read(source)
-    upscaler.begin(picture)
+    picture, k = pictures.read(source), upscaler.scale
+    made = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
+    sizes = {"tile": tile, "context": context, "blend": blend}
     parts = cast(Picture, _Parts(picture, upscaler))
-    tiles.upscaled(upscaler, parts, out, tile=tile, context=context, blend=blend)
-    k = upscaler.scale
-    done = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
     if upscaler.samples < 2:
-        return done
-    absolute, squared = upscaler.doubt.double().mean((1, 2)).tolist()
-    heat = out.with_name(f"{out.stem}-doubt.png")
-    _write_heat(heat, picture, upscaler.doubt[0])
-    return replace(done, doubt=absolute, psnr=-10 * math.log10(squared) if squared else math.inf, heat=heat)
+        tiles.upscaled(upscaler, parts, out, **sizes)
+        return made
+    heat, sums, done = heat_of(out), torch.zeros(2, dtype=torch.float64), 0
+    with pictures.png(heat, picture.height, picture.width) as shade:
+
+        def compare(rows: Tensor) -> None:
+            nonlocal done
+            apart = differences(rows[0].unflatten(0, (upscaler.samples, 3)), k)
+            shade(_heat(picture.window(done, 0, apart.shape[1], picture.width), apart[0]))
+            sums.add_(apart.double().sum((1, 2)))
+            done += apart.shape[1]
+
+        tiles.upscaled(upscaler, parts, out, **sizes, tell=compare)
+    absolute, squared = (sums / (picture.height * picture.width)).tolist()
+    return replace(made, doubt=absolute, psnr=-10 * math.log10(squared) if squared else math.inf, heat=heat)
+
+
+def heat_of(out: Path) -> Path:
+    """Where the map of what samples disagree about lies, beside the enlarged picture."""
+    return out.with_name(f"{out.stem}-doubt.png")
 
 
 FULL = 0.25
 """The difference of two samples that is drawn in full red."""
 
 
-def _write_heat(file: Path, picture: Picture, doubt: Tensor) -> None:
-    """The source in grey, faded, and red over it where samples differ."""
-    band = max(1, 4_000_000 // picture.width)
-    with pictures.png(file, picture.height, picture.width) as write:
-        for top in range(0, picture.height, band):
-            rows = picture.window(top, 0, min(band, picture.height - top), picture.width)
-            grey = 0.55 + 0.45 * rows.mean(1, keepdim=True)
-            share = (doubt[None, None, top : top + rows.shape[2]] / FULL).clamp(0, 1)
-            red = torch.tensor([0.84, 0.1, 0.1])[None, :, None, None]
-            write((1 - share) * grey + share * red)
+def _heat(rows: Tensor, apart: Tensor) -> Tensor:
+    """Rows of the source (1, 3, h, w) in grey, faded, and red over it where samples differ by (h, w)."""
+    grey, share = 0.55 + 0.45 * rows.mean(1, keepdim=True), (apart / FULL).clamp(0, 1)
+    return (1 - share) * grey + share * torch.tensor([0.84, 0.1, 0.1])[None, :, None, None]
 
 
 def check_colour(name: str) -> None:
