@@ -32,6 +32,7 @@ class Stream(IntEnum):
     EVAL = 9
     WATCH = 10
     DEGRADE = 11
+    CROP = 12
 
 
 _WORD = (1 << 64) - 1

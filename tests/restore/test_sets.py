@@ -17,7 +17,7 @@ from tropism.core import Batch, UserError
 from tropism.prompts.batches import as_batch, batch_of, read_prompts
 from tropism.restore.options import preset
 from tropism.restore.sets import Pictures, prompts_of
-from tropism.run.sources import with_pictures
+from tropism.run.sources import prompts_for, with_pictures
 
 PRESET = preset("bsrgan-lite")
 
@@ -194,6 +194,18 @@ def test_low_resolution_pictures_of_another_scale_are_named(tmp_path, crop):
         UserError, match=r"has 32 x 16 pixels and its original a\.png 64 x 32.*so 16 x 8 pixels belong to it"
     ):
         as_batch(prompts)
+
+
+def test_held_out_pictures_are_enlarged_from_what_training_is(originals, tmp_path):
+    given = {
+        "pictures": originals,
+        "low_res": shrunk(originals, tmp_path / "lr"),
+        "prompts": None,
+        "held_out": originals,
+        "seed": 0,
+    }
+    with pytest.raises(UserError, match="made by --degrade: they would not compare"):
+        prompts_for(given, "a model", Enlarges())
 
 
 def test_a_batch_is_filled_by_meta_alone(originals):

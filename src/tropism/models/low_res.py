@@ -103,7 +103,7 @@ class LowRes(Latent):
         """These prompts with made-up low-resolution pictures of the model's own size."""
         sides = [max(1, round(n * self._factor() / self.scale)) for n in self.shape[-2:]]
         batch = Batch(list(prompts))
-        pictures = uniform(0, Stream.LOW_RES, 0, batch.index, 0, 0, (3, *sides))[:, 0]
+        pictures = uniform(0, Stream.CROP, 0, batch.index, 0, 1, (3, *sides))[:, 0]
         return replace(batch, low_res=pictures)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -93,7 +93,7 @@ class Pictures:
         room = [n - side for n in grid]
         if "draw" not in meta:
             return room[0] // 2, room[1] // 2, side, side
-        rng = generator(self.seed, Stream.LOW_RES, 0, meta["draw"])
+        rng = generator(self.seed, Stream.CROP, 0, meta["draw"])
         top, left = (int(rng.integers(n + 1)) for n in room)
         return top, left, side, side
 

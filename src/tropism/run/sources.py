@@ -23,6 +23,11 @@ def prompts_for(settings: Mapping[str, Any], named: str | Model, model: Model) -
         train, held = train_and_held_out(settings["prompts"], settings["held_out"], named)
     elif settings["prompts"] is not None:
         raise UserError("--prompts and --pictures are two ways to say what is asked for. Give one of them.")
+    elif settings["held_out"] is not None and low_res is not None:
+        raise UserError(
+            "--low-res gives what the training pictures are enlarged from, and of --held-out pictures that would be made by --degrade: "
+            "they would not compare. Leave --held-out out (a tenth is held out), or name reference and low_res in .jsonl files."
+        )
     elif settings["held_out"] is not None:
         train, held = prompts_of(pictures, low_res), prompts_of(settings["held_out"])
     else:
