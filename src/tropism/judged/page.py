@@ -147,8 +147,10 @@ def levels(lines: Sequence[Line]) -> list[tuple[int, str, int, float]]:
 def grave(lines: Sequence[Line]) -> tuple[float, float, float]:
     """The share of pictures at level 4 or 5 and the ends of its 95 % interval (Wilson's)."""
     above = [math.floor(line.score + 0.5) >= GRAVE for line in lines if line.score is not None]
-    ends = binomtest(sum(above), len(above)).proportion_ci(method="wilson") if above else (math.nan, math.nan)
-    return sum(above) / max(len(above), 1), *map(float, ends)
+    if not above:
+        return 0.0, math.nan, math.nan
+    ends = binomtest(sum(above), len(above)).proportion_ci(method="wilson")
+    return sum(above) / len(above), float(ends.low), float(ends.high)
 
 
 def total(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

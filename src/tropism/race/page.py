@@ -130,11 +130,9 @@ def paired(plan: Plan, objective: Objective, found: Tested, one: str, other: str
     whole = curves.paired(along(one), along(other))
     pairs = list(zip(found[one], found[other], strict=True))
     until = [min(c.spent["cpu_seconds"][-1] for c in pair) for pair in pairs]
-    by_clock = (
-        [float(pair[i].at("cpu_seconds", x, objective.gold)) for pair, x in zip(pairs, until, strict=True)]
-        for i in (0, 1)
-    )
-    told = {"name": other, "mean": mean, "low": low, "high": high, "whole": whole, "clock": curves.paired(*by_clock)}
+    ended = lambda i: [float(p[i].at("cpu_seconds", x, objective.gold)) for p, x in zip(pairs, until, strict=True)]
+    clock = curves.paired(ended(0), ended(1))
+    told = {"name": other, "mean": mean, "low": low, "high": high, "whole": whole, "clock": clock}
     told["until"] = (min(until), max(until))
     if "diversity" not in found[one][0].columns:
         return told

@@ -162,7 +162,7 @@ def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context:
     """
     picture, k = pictures.read(source), upscaler.scale
     made = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
-    sizes = {"tile": tile, "context": context, "blend": blend}
+    sizes: dict[str, Any] = {"tile": tile, "context": context, "blend": blend}
     parts = cast(Picture, _Parts(picture, upscaler))
     if upscaler.samples < 2:
         tiles.upscaled(upscaler, parts, out, **sizes)
