@@ -194,6 +194,33 @@ def test_grey_of_16_bits_keeps_them(tmp_path, name):
     assert picture.notes == ()
 
 
+def test_grey_of_16_bits_with_a_marked_value_or_white_as_0(tmp_path):
+    values = np.full((3, 4), 20000, np.uint16)
+    values[1, 2] = 7
+    file = saved(Image.fromarray(values), tmp_path / "key.png", transparency=7)
+    picture = pictures.read(file)
+    assert picture.notes == ("transparent parts laid over white",)
+    assert picture.whole()[0, :, 1, 2].tolist() == [1, 1, 1] and picture.whole().mean() < 0.4
+    with pytest.raises(UserError, match="keeps its white as 0 in 16 bits"):
+        pictures.read(saved(Image.fromarray(values), tmp_path / "white.tif", tiffinfo={262: 0}))
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    file = saved(Image.new("RGB", (4, 3)), tmp_path / "a.jpg")
+    monkeypatch.setattr(Image.Image, "getexif", lambda _: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(UserError, match="not enough memory"):
+        pictures.read(file)
+
+
+def test_how_a_file_was_made(tmp_path):
+    with pictures.png(tmp_path / "a.png", 2, 3, made="seed 1") as write:
+        write(torch.rand(1, 3, 2, 3))
+    assert pictures.made_by(tmp_path / "a.png") == "seed 1"
+    assert pictures.read(tmp_path / "a.png").whole().shape == (1, 3, 2, 3)
+    assert pictures.made_by(saved(Image.new("RGB", (4, 3)), tmp_path / "b.png")) == ""
+    assert pictures.made_by(tmp_path / "none.png") == ""
+
+
 def test_grey_of_16_bits_from_the_other_end(tmp_path):
     values = np.linspace(0, 65535, 240).reshape(12, 20).astype(np.uint16)
     image = Image.frombytes("I;16B", (20, 12), values.astype(">u2").tobytes())

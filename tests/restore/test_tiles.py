@@ -112,6 +112,26 @@ def test_places_share_what_they_must():
         assert len(starts) == least, "no more tiles than needed"
 
 
+@pytest.mark.parametrize("step", [2, 8])
+def test_places_on_a_grid(step):
+    """Every tile starts on it, covers what is left, and shares no less with its neighbours than without a grid."""
+    for length, tile, (context, blend) in itertools.product(range(1, 220), (32, 45), ((0, 1), (3, 2))):
+        starts, fades = tiles.places(length, tile, context, blend, step)
+        assert starts[0] == 0 and all(s % step == 0 for s in starts)
+        assert max(length, tile) <= starts[-1] + tile < max(length, tile) + step
+        for (a, b), (first, past) in zip(itertools.pairwise(starts), fades, strict=True):
+            assert first - b >= context and a + tile - past >= context and past <= length
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(fades))
+
+
+def test_a_grid_changes_no_result():
+    function, image = network(3, 2), picture(101, 87).double()
+    pieces = tiles.strips(
+        function, lambda y, x, h, w: image[..., y : y + h, x : x + w], 101, 87, tile=36, context=3, blend=4, step=8
+    )
+    assert (torch.cat(list(pieces), 2) - function(image)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("side", [-1, -2])
 def test_a_far_sighted_function_changes_smoothly(side):
     """Every tile gets its own level, as a generative model's tiles do: no step is larger than the fade's own, either way."""

@@ -16,7 +16,7 @@ from tropism.commands import align, upscale
 from tropism.core import Stream, UserError
 from tropism.models.one_step import OneStep
 from tropism.models.upscale_pixel import PixelUpscale
-from tropism.run.upscaling import PlacedDraw, Upscaler, differences
+from tropism.run.upscaling import PlacedDraw, Upscaler, differences, upscaled
 from tropism.worlds import glyphs_posterior
 
 
@@ -111,6 +111,49 @@ def test_a_map_that_is_missing_is_made(tmp_path):
     assert upscale(file, model=Grainy(), out=out, **SMALL) == []
     assert upscale(file, model=Grainy(), out=out, samples=2, **SMALL)[0].heat.exists()  # as if it had been interrupted
     assert upscale(file, model=Grainy(), out=out, samples=2, **SMALL) == []
+
+
+def test_one_damaged_picture_stops_no_folder(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "ac":
+        photo(folder / f"{name}.png", 40, 40)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:900])
+    with pytest.raises(UserError, match=r"1 of 3 pictures cannot be enlarged.*b\.png\. The others are done"):
+        upscale(folder, model=Grainy(), out=tmp_path / "out", **SMALL)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+    assert "b.png is damaged or cut short" in capsys.readouterr().out
+    with pytest.raises(UserError, match="damaged or cut short"):
+        upscale(folder / "b.png", model=Grainy(), out=tmp_path / "b.png", **SMALL)
+
+
+def test_what_is_there_says_in_what_it_is_another(tmp_path, capsys):
+    file, out = photo(tmp_path / "a.png", 40, 40), tmp_path / "b.png"
+    upscale(file, model=Grainy(), out=out, **SMALL)
+    for more, says in (({}, "already; "), ({"seed": 5}, "already, made with seed 0 instead of 5; ")):
+        assert upscale(file, model=Grainy(), out=out, **SMALL, **more) == []
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_tiles_start_on_the_grid_of_the_state(tmp_path, k):
+    """Noise belongs to whole cells of the state, so a part that began between two would see it shifted."""
+    seen = []
+
+    class Cells(Grainy):
+        scale = k
+
+    class Watching(Upscaler):
+        multiple = 8 // k
+
+        def __call__(self, part):
+            seen.append(self.corner)
+            return part.repeat_interleave(k, -1).repeat_interleave(k, -2)
+
+    upscaled(
+        Watching(Cells(), 1, 1.0), photo(tmp_path / "a.png", 121, 85), tmp_path / "b.png", tile=50, context=4, blend=4
+    )
+    assert len(seen) > 4 and all(y % (8 // k) == 0 and x % (8 // k) == 0 for y, x in seen)
 
 
 def test_a_fair_sampler_is_as_far_from_the_truth_as_from_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tropism.models.latent import Latent
 from tropism.models.load import load_model
 from tropism.restore.judge_cache import write_whole
 from tropism.restore.pairs import pictures_of
+from tropism.restore.pictures import UnreadablePicture, made_by
 from tropism.run import export
 from tropism.run.checks import at_least_one, finite_numbers, not_negative, overrides, set_up
 from tropism.run.upscaling import Upscaled, Upscaler, check_colour, heat_of, upscaled
@@ -55,8 +57,10 @@ def upscale(
     adapter was trained with. colour: "none", or tones taken from the source by "adain" or "wavelet". tile: side of the parts that large
     pictures are done in, in pixels of the source. context: how far a part sees around itself. blend: over how many pixels it fades
     into the next. overwrite: make again what is there.
-    Raises UserError for anything that cannot be; a folder's pictures are checked one by one as their turn comes.
+    Raises UserError for anything that cannot be; a folder's pictures are read one by one as their turn comes, and the error for those
+    that cannot be read comes after the others are done.
     """
+    asked = dict(locals())
     at_least_one(samples=samples, steps=steps, tile=tile)
     not_negative(seed=seed, context=context, strength=strength)
     finite_numbers(guidance=guidance, strength=strength)
@@ -79,18 +83,64 @@ def upscale(
     getattr(loaded, "check_request", lambda *_: None)(guidance, [negative])
     loaded.process.times(steps, getattr(loaded, "shape", (1, 1, 1)))
     upscaler = Upscaler(loaded, steps, weight, prompt, negative, seed, samples, colour)
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
-    found = []
+    how = {n: asked[n] for n in MADE_WITH} | {
+        "model": model if named else type(model).__name__,
+        "steps": steps,
+        "guidance": weight,
+    }
+    found, failed = [], []
     for file, place in zip(files, places, strict=True):
         if place.exists() and (samples == 1 or heat_of(place).exists()) and not overwrite:
-            say(f"{place} is there already; --overwrite makes it anew.")
+            _say(f"{place} is there already{_otherwise(place, how)}; --overwrite makes it anew.")
             continue
-        found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend))
+        try:
+            found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend, made=_plain(how)))
+        except UnreadablePicture as error:
+            if len(files) == 1:
+                raise
+            _say(str(error))
+            failed.append(file.name)
+            continue
         for line in (told(found[-1]), *(f"{file.name}: {note}." for note in found[-1].notes)):
-            say(line)
+            _say(line)
         if samples > 1 and len(files) > 1:
             _add_to_table(Path(out) / "upscale.csv", found[-1])
+    _raise_of(failed, len(files))
     return found
+
+
+def _raise_of(failed: Sequence[str], total: int) -> None:
+    """The error that ends a folder with pictures that cannot be read."""
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {total} pictures cannot be enlarged, what is wrong is said above: {', '.join(failed[:8])}"
+            f"{' ...' if len(failed) > 8 else ''}. The others are done."
+        )
+
+
+def _say(line: str) -> None:
+    Console(soft_wrap=True, highlight=False, markup=False).print(line)
+
+
+MADE_WITH = ("model", "adapter", "strength", "prompt", "negative", "seed", "steps", "guidance", "setting", "colour")
+MADE_WITH += ("tile", "context", "blend", "dtype")
+"""Arguments that a picture depends on."""
+
+
+def _plain(how: Mapping[str, Any]) -> str:
+    """What a picture is made with, as the file keeps it."""
+    return json.dumps({n: str(v) if isinstance(v, Path) else v for n, v in how.items()}, default=list)
+
+
+def _otherwise(place: Path, how: Mapping[str, Any]) -> str:
+    """In what the picture that is there was made otherwise than would be now; "" where it was not, or does not tell."""
+    try:
+        before = json.loads(made_by(place))
+    except ValueError:
+        return ""
+    now = json.loads(_plain(how))
+    odd = [f"{n} {before.get(n)} instead of {v}" for n, v in now.items() if before.get(n) != v]
+    return f", made with {', '.join(odd)}" if odd else ""
 
 
 def told(done: Upscaled) -> str:

@@ -38,10 +38,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION, _WIDTH, _BITS = 274, 256, 258
+_ORIENTATION, _WIDTH, _BITS, _WHITE = 274, 256, 258, 262
 _BAND = 4_000_000
 """Pixels that become numbers, or bytes, at once."""
 _lock = threading.Lock()
+
+
+class UnreadablePicture(UserError):
+    """What is wrong with one picture file, and no matter of the others."""
 
 
 class Picture:
@@ -114,7 +118,7 @@ def _opened(path: Path, most: int) -> Iterator[Image.Image]:
     try:
         with _lock, _without_pillows_limit(), Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > most:
-                raise UserError(
+                raise UnreadablePicture(
                     f"{path} has {image.width:,} x {image.height:,} pixels, {image.width * image.height / 1e6:,.0f} million, and "
                     f"{most / 1e6:,.0f} million are the most. Cut it into parts first, e.g. magick {path.name} -crop 10000x10000 "
                     "+repage part-%02d.png"
@@ -122,6 +126,10 @@ def _opened(path: Path, most: int) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(
+            f"There is not enough memory to decode {path}. Cut it into parts, or close what else runs."
+        ) from error
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -138,22 +146,22 @@ def _without_pillows_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path, error: Exception) -> UnreadablePicture:
     if not path.exists():
-        return UserError(f"There is no picture {path}. Give the path of a file.")
+        return UnreadablePicture(f"There is no picture {path}. Give the path of a file.")
     if path.is_dir():
-        return UserError(f"{path} is a folder. Give the path of one picture.")
+        return UnreadablePicture(f"{path} is a folder. Give the path of one picture.")
     if path.stat().st_size == 0:
-        return UserError(f"{path} is empty (0 bytes), perhaps an interrupted download. Fetch or save it again.")
+        return UnreadablePicture(f"{path} is empty (0 bytes), perhaps an interrupted download. Fetch or save it again.")
     if isinstance(error, UnidentifiedImageError):
-        return UserError(
+        return UnreadablePicture(
             f"{path} is not a PNG, JPEG, TIFF, WebP or BMP file that can be read, or one of a kind of pixels that no "
             f"viewer agrees on, such as 32-bit colour TIFF. Convert it: magick {path.name} -depth 8 {path.stem}.png"
         )
     if isinstance(error, PermissionError):
-        return UserError(f"{path} may not be read. Allow it: chmod u+r {path}")
+        return UnreadablePicture(f"{path} may not be read. Allow it: chmod u+r {path}")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"{path} is damaged or cut short: {reason[:200]}. Fetch or save it again.")
+    return UnreadablePicture(f"{path} is damaged or cut short: {reason[:200]}. Fetch or save it again.")
 
 
 # ---------------------------------------------------------------------------------------------------- what the pixels mean
@@ -197,7 +205,7 @@ def _told_of_pixels(image: Image.Image) -> tuple[str, ...]:
 def _sees_through(image: Image.Image) -> bool:
     """Whether any pixel may be less than opaque."""
     if image.mode[:1] in "IF":
-        return False
+        return isinstance(image.info.get("transparency"), int)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return bool(image.getextrema()[-1][0] < 255)  # pyright: ignore[reportIndexIssue]
     marked = image.info.get("transparency")
@@ -207,11 +215,17 @@ def _sees_through(image: Image.Image) -> bool:
 def _check_values(image: Image.Image, path: Path) -> None:
     """Refuse pixels whose white nobody can know."""
     if image.mode in ("LAB", "HSV") or (image.mode == "I" and image.format != "PNG"):
-        raise UserError(f"{path} has {image.mode} pixels. Convert it: magick {path.name} -depth 8 {path.stem}.png")
+        raise UnreadablePicture(
+            f"{path} has {image.mode} pixels. Convert it: magick {path.name} -depth 8 {path.stem}.png"
+        )
+    if image.format == "TIFF" and image.mode[:1] == "I" and image.tag_v2.get(_WHITE) == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UnreadablePicture(
+            f"{path} keeps its white as 0 in 16 bits, which is not read. Convert it: magick {path.name} {path.stem}.png"
+        )
     if image.mode == "F":
         low, high = image.getextrema()
         if not (low >= 0 and high <= 1):  # pyright: ignore[reportOperatorIssue]
-            raise UserError(
+            raise UnreadablePicture(
                 f"{path} has float pixels from {low:.4g} to {high:.4g}, and only 0 to 1 has a known white. Scale them, or "
                 "save 8 or 16 bits."
             )
@@ -220,7 +234,10 @@ def _check_values(image: Image.Image, path: Path) -> None:
 def _colours(image: Image.Image) -> np.ndarray:
     """(h, w, 3) float32 in [0, 1] of a part in any mode that passed `_check_values`."""
     if image.mode.startswith(("I", "F")):
-        grey = np.array(image).astype(np.float32) / (1 if image.mode == "F" else 65535)
+        raw = np.array(image)
+        grey = raw.astype(np.float32) / (1 if image.mode == "F" else 65535)
+        if _sees_through(image):
+            grey[raw == image.info["transparency"]] = 1
         return np.repeat(grey[..., None], 3, 2)
     if _sees_through(image):
         pixels = np.array(image.convert("RGBA")).astype(np.float32) / 255
@@ -239,8 +256,12 @@ def save(image: Tensor, path: str | Path, profile: bytes | None = None) -> None:
 
 
 @contextmanager
-def png(path: str | Path, height: int, width: int, profile: bytes | None = None) -> Iterator[Callable[[Tensor], None]]:
+def png(
+    path: str | Path, height: int, width: int, profile: bytes | None = None, made: str = ""
+) -> Iterator[Callable[[Tensor], None]]:
     """An 8-bit PNG file, row by row: the block is given `write`, which takes (1, 3, n, width) in [0, 1] from top to bottom.
+
+    profile: an RGB colour profile. made: how it was made, in ASCII, which `made_by` reads.
 
     The file takes its name when the block ends without an exception and all rows are there; until then, and after one, whatever had that
     name stays. Raises UserError for another suffix than .png, for pixels that are not finite, and where the disk refuses.
@@ -256,7 +277,7 @@ def png(path: str | Path, height: int, width: int, profile: bytes | None = None)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(unfinished, "wb")  # noqa: SIM115
         with file:
-            write, finish = _png_rows(file, path, height, width, profile)
+            write, finish = _png_rows(file, path, height, width, profile, made)
             yield write
             finish()
         with _written(path):
@@ -264,6 +285,18 @@ def png(path: str | Path, height: int, width: int, profile: bytes | None = None)
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+_MADE = "tropism"
+
+
+def made_by(path: Path) -> str:
+    """How a file of `png` was made; "" for a file that does not tell, or cannot be read."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return str(image.info.get(_MADE, ""))
+    except (OSError, ValueError, SyntaxError):
+        return ""
 
 
 @contextmanager
@@ -276,7 +309,7 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _png_rows(file: BinaryIO, path: Path, height: int, width: int, profile: bytes | None):
+def _png_rows(file: BinaryIO, path: Path, height: int, width: int, profile: bytes | None, made: str):
     """(write, finish) of one PNG file; rows are filtered by the one above (PNG's filter 2), which is one subtraction a row."""
     packed, above, left = zlib.compressobj(6), np.zeros((1, 3 * width), np.uint8), [height]
 
@@ -311,4 +344,6 @@ def _png_rows(file: BinaryIO, path: Path, height: int, width: int, profile: byte
     chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     if profile:
         chunk(b"iCCP", b"icc\0\0" + zlib.compress(profile))
+    if made:
+        chunk(b"tEXt", _MADE.encode() + b"\0" + made.encode("ascii"))
     return write, finish

@@ -32,13 +32,16 @@ def fade(n: int) -> Tensor:
     return ((ramp * 2**20).round() / 2**20).float()
 
 
-def places(length: int, tile: int, context: int, blend: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """(where tiles start, where each fades into the next as (first, past the last)) along a side of `length` pixels."""
+def places(length: int, tile: int, context: int, blend: int, step: int = 1) -> tuple[list[int], list[tuple[int, int]]]:
+    """(where tiles start, where each fades into the next as (first, past the last)) along a side of `length` pixels.
+
+    Tiles start at multiples of `step`; the last one is up to step - 1 pixels shorter for it.
+    """
     if length <= tile:
         return [0], []
-    shared = 2 * context + blend
-    count = math.ceil((length - shared) / (tile - shared))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    shared, last = 2 * context + blend, math.ceil((length - tile) / step)
+    gaps = math.ceil(last / ((tile - shared) // step))
+    starts = [step * round(i * last / gaps) for i in range(gaps + 1)]
     middles = [(b + a + tile - blend) // 2 for a, b in pairwise(starts)]
     return starts, [(m, m + blend) for m in middles]
 
@@ -76,18 +79,22 @@ def upscaled(
     tile: int = 512,
     context: int = 32,
     blend: int = 32,
+    step: int = 1,
     tell: Callable[[Tensor], None] | None = None,
+    made: str = "",
 ) -> None:
     """A picture file through a function (1, 3, h, w) -> (1, C, k h, k w) into the PNG file `path`, a row of tiles at a time.
 
-    The first three channels are written; tell: called with every piece of all channels, (1, C, rows, k W), from top to bottom.
-    Beside the picture that takes 4 C k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels, C = 3 and k = 4. The file
-    is there when all of it is right, and has the picture's colour profile. Raises UserError as `strips` and `pictures.png` do.
+    The first three channels are written; made: see `pictures.png`. tell: called with every piece of all channels, (1, C, rows, k W),
+    from top to bottom. Beside the picture that takes 4 C k^2 bytes for every pixel of such a row: 2 GB for 20,000 x 512 pixels, C = 3
+    and k = 4. The file is there when all of it is right, and has the picture's colour profile.
+    Raises UserError as `strips` and `pictures.png` do.
     """
-    pieces = strips(function, picture.window, picture.height, picture.width, tile=tile, context=context, blend=blend)
+    sizes = {"tile": tile, "context": context, "blend": blend, "step": step}
+    pieces = strips(function, picture.window, picture.height, picture.width, **sizes)
     first = next(pieces)
     k = first.shape[-1] // picture.width
-    with png(path, k * picture.height, k * picture.width, picture.profile) as write:
+    with png(path, k * picture.height, k * picture.width, picture.profile, made) as write:
         while True:
             write(first[:, :3])
             if tell:
@@ -106,22 +113,24 @@ def strips(
     tile: int = 512,
     context: int = 32,
     blend: int = 32,
+    step: int = 1,
 ) -> Iterator[Tensor]:
     """What `tiled` gives, from top to bottom in full-width pieces (B, C', rows, k W), so that a file can take them one by one.
 
-    window reads a part of the picture, height and width are the picture's. The function runs in the caller's gradient mode.
+    window reads a part of the picture, height and width are the picture's. Tiles start at multiples of step. The function
+    runs in the caller's gradient mode.
     Raises UserError for a tile too small for what its neighbours share, and for a function whose output is no whole multiple of its input.
     """
-    least = 2 * context + 3 * blend + 2
+    least = 2 * context + 3 * blend + 2 * step
     if context < 0 or blend < 1 or (tile < least and max(height, width) > tile):
         raise UserError(
             f"Tiles of {tile} px are too small for a context of {context} and a blend of {blend} px; they need {least}. "
             f"Use tiles of {least} px or less of the other two (context at least 0, blend at least 1)."
         )
-    tops, fades = places(height, tile, context, blend)
+    tops, fades = places(height, tile, context, blend, step)
     held: Tensor | None = None  # the rows of the strip above that fade into the strip to come
     for i, top in enumerate(tops):
-        strip, k = _strip(function, window, top, min(tile, height), width, (tile, context, blend))
+        strip, k = _strip(function, window, top, min(tile, height - top), width, (tile, context, blend, step))
         begin = fades[i - 1][0] if i else 0
         if held is not None:
             yield _mixed(held, strip[..., (begin - top) * k : (begin - top + blend) * k, :], -2)
@@ -133,14 +142,14 @@ def strips(
 
 
 def _strip(
-    function, window: Window, top: int, rows: int, width: int, sizes: tuple[int, int, int]
+    function, window: Window, top: int, rows: int, width: int, sizes: tuple[int, int, int, int]
 ) -> tuple[Tensor, int]:
     """One row of tiles, mixed: (B, C', k rows, k width), and k."""
-    tile, _, blend = sizes
+    tile, _, blend, _ = sizes
     lefts, fades = places(width, *sizes)
     strip, k = torch.empty(0), 0
     for i, left in enumerate(lefts):
-        part = window(top, left, rows, min(tile, width))
+        part = window(top, left, rows, min(tile, width - left))
         out = function(part)
         k = _times(part, out, k)
         if i == 0:

@@ -155,18 +155,21 @@ class Upscaled:
     notes: tuple[str, ...] = ()
 
 
-def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context: int, blend: int) -> Upscaled:
+def upscaled(
+    upscaler: Upscaler, source: Path, out: Path, *, tile: int, context: int, blend: int, made: str = ""
+) -> Upscaled:
     """Write a picture file, enlarged, to the PNG `out`, and with several samples where they differ beside it.
 
-    tile, context, blend: see restore.tiles, in pixels of the source. Raises UserError for what cannot be read, written or enlarged.
+    tile, context, blend: see restore.tiles, in pixels of the source. made: how, written into the file.
+    Raises UserError for what cannot be read, written or enlarged.
     """
     picture, k = pictures.read(source), upscaler.scale
-    made = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
-    sizes: dict[str, Any] = {"tile": tile, "context": context, "blend": blend}
+    result = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
+    sizes: dict[str, Any] = {"tile": tile, "context": context, "blend": blend, "step": upscaler.multiple}
     parts = cast(Picture, _Parts(picture, upscaler))
     if upscaler.samples < 2:
-        tiles.upscaled(upscaler, parts, out, **sizes)
-        return made
+        tiles.upscaled(upscaler, parts, out, **sizes, made=made)
+        return result
     heat, sums, done = heat_of(out), torch.zeros(2, dtype=torch.float64), 0
     with pictures.png(heat, picture.height, picture.width) as shade:
 
@@ -177,9 +180,9 @@ def upscaled(upscaler: Upscaler, source: Path, out: Path, *, tile: int, context:
             sums.add_(apart.double().sum((1, 2)))
             done += apart.shape[1]
 
-        tiles.upscaled(upscaler, parts, out, **sizes, tell=compare)
+        tiles.upscaled(upscaler, parts, out, **sizes, made=made, tell=compare)
     absolute, squared = (sums / (picture.height * picture.width)).tolist()
-    return replace(made, doubt=absolute, psnr=-10 * math.log10(squared) if squared else math.inf, heat=heat)
+    return replace(result, doubt=absolute, psnr=-10 * math.log10(squared) if squared else math.inf, heat=heat)
 
 
 def heat_of(out: Path) -> Path:
