@@ -1,5 +1,6 @@
 """`tropism hallucination agree`, `form` and `benchmark` from a user's side, and scores by features to compare."""
 
+import itertools
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from tiny_detector import tiny_dino
 from tropism.cli_restore import as_flags
 from tropism.judged.cases import _heated
 from tropism.restore.agreement import agreement
-from tropism.restore.distances import FeatureProxy
+from tropism.restore.distances import FeatureProxy, measure_folder
 from tropism.restore.ratings import read_ratings, read_scores
 
 SCORES = [1.0, 2.0, 2.3, 3.7, 3.0, 4.0, 5.0, 1.3]
@@ -222,6 +223,30 @@ def test_the_map_is_of_the_patch_that_was_changed_and_options_reach_the_proxy(ru
     assert "where features differ" not in (tmp_path / "out" / "report.html").read_text()
     code, _, said = run(*words, f"features:{tmp_path / 'dino'}?token=cls")
     assert code == 2 and "Did you mean tokens?" in said
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path):
+    """After an interruption only new pictures, and those whose pixels changed, go through the network; another distance starts anew."""
+    asked, out = [], tmp_path / "scores.csv"
+    images = [torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def distance(sr, gt):
+        asked.append(len(asked))
+        return float((sr - gt).abs().mean())
+
+    def measured(judge, count):
+        triples = [(f"p{i}", lambda i=i: images[i], lambda: images[0], None) for i in range(4)]
+        return list(itertools.islice(measure_folder(distance, judge, triples, out), count))
+
+    begun = measure_folder(distance, "a", [(f"p{i}", images[i], images[0], None) for i in range(4)], out)
+    first = [next(begun), next(begun)]
+    begun.close()
+    whole = measured("a", 4)
+    assert len(asked) == 4 and whole[:2] == first
+    assert measured("a", 4) == whole and len(asked) == 4
+    images[2] = 1 - images[2]
+    assert measured("a", 4)[2] != whole[2] and len(asked) == 5
+    assert measured("b", 4) and len(asked) == 9
 
 
 def test_a_damaged_picture_costs_one_distance(run, tmp_path):

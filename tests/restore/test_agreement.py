@@ -225,6 +225,8 @@ def test_wrong_is_above_the_lowest_level_or_above_what_is_said():
     assert agreement(machine, people, above=2).auroc.value == 1
     counts = scores([0, 0, 2, 3])
     assert agreement(machine, counts).auroc.value == pytest.approx(3 / 4)
+    many = scores([1.2, 1.4, 2, 3], levels=True)  # one of five raters saw something in the first two: most did not
+    assert agreement(machine, many).auroc.value == pytest.approx(3 / 4)
 
 
 def test_what_is_not_defined_says_why():

@@ -34,6 +34,10 @@ def test_scores_of_a_proxy_and_another_column(file):
     found = read_scores(table, column="psnr", higher_is_worse=False)
     assert found.values == {"a": 30.5, "b": 20.0} and not found.higher_is_worse and not found.levels
     assert read_scores(table, column="dist", higher_is_worse=True, levels=False).values == {"a": 0.0, "b": 0.5}
+    both = file("name,score,psnr,higher_is_worse\na,1,30,true\nb,2,20,true\n")  # of the score, not of psnr
+    with pytest.raises(UserError, match="of which its higher_is_worse speaks, and not of psnr"):
+        read_scores(both, column="psnr")
+    assert not read_scores(both, column="psnr", higher_is_worse=False).higher_is_worse
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Agreement:
 
     pearson, spearman, kendall (tau-b): correlations, in [-1, 1]. pairwise: the share of pairs ordered alike, among those that neither
     side leaves tied; told_apart: the share of the pairs that people tell apart which the scores tell apart too. kappa: quadratic weights,
-    of levels, means rounded with halves up. auroc: how often a picture that people put above the lowest level has the higher score, ties
+    of levels, means rounded with halves up. auroc: how often a picture that people call wrong (above) has the higher score, ties
     counting half. ceiling: the largest Spearman that scores without ties could reach, given people's ties. alpha: Krippendorff's, between
     the raters, by metric; empty where no single ratings are known. notes: what was turned, left out or should be known.
     """
@@ -87,9 +87,10 @@ def agreement(
 ) -> Agreement:
     """How `scores` agree with `human`: people's ratings, or one number a picture such as their mean or an exact count.
 
-    above: a picture counts as wrong where people's number is above this, higher being worse; default the lowest level, of
-    other numbers than levels the lowest there is. common: compare the pictures that both have, instead of refusing others. draws: of the
-    bootstrap, by `seed`. Where higher is better, numbers are turned, and the notes say so.
+    above: a picture counts as wrong where people's number is above this, higher being worse; default half a level above the lowest, so
+    that the mean of many raters is not wrong for one of them, and of other numbers than levels the lowest there is. common: compare the
+    pictures that both have, instead of refusing others. draws: of the bootstrap, by `seed`. Where higher is better, numbers are turned,
+    and the notes say so.
     Raises UserError for names that only one side has, and fewer than 3 pictures.
     """
     if draws < 100:
@@ -98,7 +99,7 @@ def agreement(
     names, notes = _names(scores, means, common)
     notes += [_turned(side.source) for side in (scores, means) if not side.higher_is_worse]
     x, y = (np.array([side.worse_up.values[n] for n in names], float) for side in (scores, means))
-    least = (LOWEST if means.levels else float(y.min())) if above is None else above
+    least = (LOWEST + 0.5 if means.levels else float(y.min())) if above is None else above
     levels = scores.levels and means.levels
     found = _measured(x, y, least, levels, draws, seed)
     raters, many, alphas = 0, 0, {}

@@ -7,8 +7,9 @@ is that of the reward `feature-distance` (rewards.feature_distance).
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ from tropism.restore.judge_pictures import in_8_bits
 from tropism.restore.scoring import EVERY, Triple, write_table
 from tropism.rewards.feature_distance import feature_distance
 
-COLUMNS = ("name", "score", "judge", "mode", "higher_is_worse", "error")
+COLUMNS = ("name", "score", "judge", "mode", "higher_is_worse", "error", "pixels")
 Distance = Callable[[Tensor, Tensor], float]
 """(result, reference), each (1, 3, H, W) in [0, 1] -> a distance, 0 for equal features."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A picture's distance, None where it could not be measured, and why."""
+    """A picture's distance, None where it could not be measured, and why. pixels: some letters of the hash of both pictures."""
 
     name: str
     score: float | None
     error: str = ""
+    pixels: str = ""
 
 
 class FeatureProxy:
@@ -59,13 +61,14 @@ class FeatureProxy:
 def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], out: str | Path) -> Iterator[Measured]:
     """Measure (name, sr, gt, lr) one after the other, yield each, and keep all of them in `out`, a .csv of COLUMNS.
 
-    judge: what the table calls the distance. A picture that cannot be read or compared is a row with an error. The table is written
-    whole every 20 rows, at the end, and when the work is interrupted. Raises UserError where the table cannot be written.
+    judge: what the table calls the distance. What `out` holds of the same pixels by the same judge is not measured again. A picture that
+    cannot be read or compared is a row with an error. The table is written whole every 20 rows, at the end, and when the work is
+    interrupted. Raises UserError where the table cannot be written.
     """
-    rows = list[Measured]()
+    rows, known = list[Measured](), _read(out, judge)
     try:
         for name, *sources in triples:
-            rows.append(_measured(distance, name, sources[0], sources[1]))
+            rows.append(_measured(distance, known, name, sources[0], sources[1]))
             if len(rows) % EVERY == 0:
                 _write(out, judge, rows)
             yield rows[-1]
@@ -73,18 +76,32 @@ def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], ou
         _write(out, judge, rows)
 
 
-def _measured(distance: Distance, name: str, *sources: Any) -> Measured:
+def _measured(distance: Distance, known: Mapping[str, float], name: str, *sources: Any) -> Measured:
     try:
         given: list[Any] = [s() if callable(s) else s for s in sources]
         sr, gt = (in_8_bits(s, w) for s, w in zip(given, ("result", "reference"), strict=True))
-        return Measured(name, distance(sr, gt))
+        pixels = hashlib.sha256(
+            b"".join(repr(x.shape).encode() + x.cpu().numpy().tobytes() for x in (sr, gt))
+        ).hexdigest()[:16]
+        return Measured(name, known[pixels] if pixels in known else distance(sr, gt), pixels=pixels)
     except UserError as error:
         return Measured(name, None, str(error))
+
+
+def _read(out: str | Path, judge: str) -> dict[str, float]:
+    """{pixels: score} of a table of the same judge; empty where there is none, or it is of another kind."""
+    try:
+        with Path(out).open(encoding="utf-8", newline="") as stream:
+            rows = [r for r in csv.DictReader(stream) if r["judge"] == judge and r["score"] and r["pixels"]]
+            return {r["pixels"]: float(r["score"]) for r in rows}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return {}
 
 
 def _write(out: str | Path, judge: str, rows: Iterable[Measured]) -> None:
     stream = io.StringIO()
     table = csv.writer(stream)
     table.writerow(COLUMNS)
-    table.writerows([r.name, "" if r.score is None else repr(r.score), judge, "gt_only", "true", r.error] for r in rows)
+    score = lambda r: "" if r.score is None else repr(r.score)
+    table.writerows([r.name, score(r), judge, "gt_only", "true", r.error, r.pixels] for r in rows)
     write_table(out, stream.getvalue())

@@ -102,12 +102,19 @@ def read_scores(
 ) -> Scores:
     """The numbers of a .csv with the columns name and `column`, as `hallucination score` writes it.
 
-    higher_is_worse: default what the column of that name says. levels: default whether the file is a judge's, which has a column
-    per_repeat. Rows whose number is empty could not be scored; they stand in `left_out`.
+    higher_is_worse: default what the column of that name says, which speaks of `score` where there is one; for another column beside it
+    the direction must be given. levels: default whether the file is a judge's, which has a column per_repeat. Rows whose number is empty
+    could not be scored; they stand in `left_out`.
     Raises UserError for a file that cannot be read, without names or numbers, with a name twice, or that does not tell its direction.
     """
     rows = _rows(Path(file), ("name", column))
-    said = _direction(rows, Path(file), higher_is_worse)
+    other = column != "score" and "score" in rows[0]
+    if other and higher_is_worse is None:
+        raise UserError(
+            f"'{file}' has a column score, of which its higher_is_worse speaks, and not of {column}. Give higher_is_worse=True or False, "
+            f"or add a table of {column} alone."
+        )
+    said = bool(higher_is_worse) if other else _direction(rows, Path(file), higher_is_worse)
     values, left_out = dict[str, float](), list[str]()
     for line, row in enumerate(rows, 2):
         name = row["name"]
