@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 from tropism.core import UserError
-from tropism.restore.fidelity import psnr, ssim
+from tropism.restore.fidelity import psnr, sharpness, ssim
 from tropism.worlds import glyphs
 
 
@@ -75,3 +75,14 @@ def test_half_precision_is_compared_in_float32_and_sizes_must_match(pair):
         ssim(x, y[..., :39])
     with pytest.raises(UserError, match=r"windows of 11 x 11 pixels, and the pictures have 10 x 24"):
         ssim(x[..., :10], y[..., :10])
+
+
+def test_sharpness_is_the_share_of_edges_that_is_left(pair):
+    """By scipy's Laplacian; a blur lowers it, noise raises it, a factor on contrast squares, a flat reference has none to lose."""
+    x, y = pair
+    edges = lambda a: ndimage.laplace(a.mean(0).numpy())[1:-1, 1:-1].var(ddof=1)
+    np.testing.assert_allclose(sharpness(y, x), [edges(b) / edges(a) for a, b in zip(x, y, strict=True)], rtol=1e-9)
+    np.testing.assert_allclose(sharpness(0.5 * x, x), [0.25] * 3, rtol=1e-9)
+    assert (sharpness(torch.nn.functional.avg_pool2d(x, 3, 1), x[..., 1:-1, 1:-1]) < 1).all()
+    assert (sharpness(y, x)[1:] > 1).all()
+    assert sharpness(x[:1], torch.full_like(x[:1], 0.3)).isnan().all()

@@ -250,7 +250,8 @@ def test_what_a_family_alone_can_be_told_reaches_it_and_stays_with_the_adapter(t
     ):
         with pytest.raises(UserError, match=says):
             align("draft", model=model, out=tmp_path / "run", setting=[wrong], **how)
-    align("draft", model=model, out=tmp_path / "run", setting=["noise_level=50"], **how)
+    done = align("draft", model=model, out=tmp_path / "run", setting=["noise_level=50"], **how)
+    assert {"restored/psnr", "restored/sharpness"} <= set(done.after.columns)  # a reward that blurs is seen to
     read = []
 
     def stopped(*_, **given):

@@ -1,7 +1,7 @@
-"""How near a restored picture is to its reference, pixel by pixel: PSNR and SSIM, per picture, in torch.
+"""How near a restored picture is to its reference, pixel by pixel: PSNR and SSIM, and whether it is as sharp; per picture, in torch.
 
-Source: Image Quality Assessment: From Error Visibility to Structural Similarity, Wang et al. 2004, eq. 13, with its Gaussian window of 11
-pixels and standard deviation 1.5, K1 = .01 and K2 = .03.
+Source of SSIM: Image Quality Assessment: From Error Visibility to Structural Similarity, Wang et al. 2004, eq. 13, with its Gaussian
+window of 11 pixels and standard deviation 1.5, K1 = .01 and K2 = .03.
 """
 
 from __future__ import annotations
@@ -45,6 +45,26 @@ def ssim(pictures: Tensor, references: Tensor) -> Tensor:
     means = (2 * mean_x * mean_y + K1**2) / (mean_x**2 + mean_y**2 + K1**2)
     structure = (2 * covariance + K2**2) / (var_x + var_y + K2**2)
     return (means * structure).flatten(1).mean(1)
+
+
+FLAT = 1e-9
+"""Variance of the Laplacian below which a picture has no edges that could be lost."""
+
+
+def sharpness(pictures: Tensor, references: Tensor) -> Tensor:
+    """(B,) variance of the Laplacian of the mean over channels, as a share of the reference's: 1 as sharp, below 1 blurred.
+
+    pictures, references: (B, 3, H, W) in [0, 1]. NaN where the reference is flat. Raises UserError for sizes that differ.
+    """
+    x, y = (edges.flatten(1).var(1) for edges in map(_laplacian, compared(pictures, references)))
+    return torch.where(y > FLAT, x / y.clamp(min=FLAT), torch.nan)
+
+
+def _laplacian(images: Tensor) -> Tensor:
+    """(B, 1, H - 2, W - 2): four times a pixel less its neighbours."""
+    grey = images.mean(1, keepdim=True)
+    inner = grey[..., 1:-1, 1:-1]
+    return 4 * inner - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
 
 
 def windowed(images: Tensor) -> Tensor:
