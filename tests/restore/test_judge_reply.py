@@ -108,6 +108,16 @@ def test_boxes(box, shares):
     assert item(box=box).box == (None if shares is None else pytest.approx(shares))
 
 
+def test_a_reply_in_thousandths_is_so_throughout():
+    """In a picture of 200 x 100 the first box could be of pixels; the second cannot, so neither is."""
+    asked = {
+        "items": [{"box": [20, 10, 100, 50]}, {"box": [500, 250, 1000, 750]}, {"box": [0.1, 0.1, 0.2, 0.2]}],
+        "score": 3,
+    }
+    boxes = [i.box for i in parse(json.dumps(asked), size=(200, 100)).items]
+    assert boxes == [pytest.approx(b) for b in ((0.02, 0.01, 0.1, 0.05), (0.5, 0.25, 1, 0.75), (0.1, 0.1, 0.2, 0.2))]
+
+
 def test_items_keep_what_can_be_kept():
     found = item(kind="text", description="7 for 1", severity=2, omission=False)
     assert (found.kind, found.description, found.severity, found.omission) == ("text", "7 for 1", 2, False)

@@ -87,7 +87,9 @@ def parse(text: str, size: tuple[int, int] = (1, 1)) -> Verdict:
         raise ParseError(f"gives the score {str(last['score'])[:40]!r}, which is no whole number from 1 to 5", text)
     items = last.get("items")
     items = items if isinstance(items, list) else []
-    read = tuple(_item(item, size) for item in items[:MOST_ITEMS] if isinstance(item, dict))
+    items = [item for item in items[:MOST_ITEMS] if isinstance(item, dict)]
+    unit = _unit([found for item in items if (found := _sides(item.get("box")))], size)
+    read = tuple(_item(item, unit) for item in items)
     return Verdict(score, read, _share(last.get("confidence")), text)
 
 
@@ -141,10 +143,10 @@ def _share(value: Any) -> float | None:
     return number if number is not None and 0 <= number <= 1 else None
 
 
-def _item(item: dict[str, Any], size: tuple[int, int]) -> Item:
+def _item(item: dict[str, Any], unit: tuple[float, float]) -> Item:
     kind, severity = str(item.get("kind", item.get("type", "")))[:40], _number(item.get("severity"))
     return Item(
-        box=_box(item.get("box"), size),
+        box=_box(item.get("box"), unit),
         kind=kind,
         description=str(item.get("description", ""))[:400],
         severity=int(severity) if severity in (1, 2, 3) else None,
@@ -152,16 +154,37 @@ def _item(item: dict[str, Any], size: tuple[int, int]) -> Item:
     )
 
 
-def _box(value: Any, size: tuple[int, int]) -> Box | None:
-    """left, top, right, bottom as shares, of an object or a list; None where they are no box inside the picture."""
+def _sides(value: Any) -> Box | None:
+    """left, top, right, bottom as they were given, of an object or a list; None where they are no four numbers from 0 up."""
     if isinstance(value, dict):
         value = [value.get(side) for side in ("left", "top", "right", "bottom")]
     numbers = [_number(v) for v in value] if isinstance(value, list) and len(value) == 4 else [None]
     if any(n is None or n < 0 for n in numbers):
         return None
     left, top, right, bottom = (n for n in numbers if n is not None)
-    if max(left, top, right, bottom) > 1:  # pixels, whatever was asked for
-        left, top, right, bottom = left / size[0], top / size[1], right / size[0], bottom / size[1]
+    return left, top, right, bottom
+
+
+THOUSAND, SLIP = 1000.0, 1.05
+"""Some models place boxes on a scale from 0 to this, whatever was asked for and whatever the picture's size."""
+
+
+def _unit(boxes: Sequence[Box], size: tuple[int, int]) -> tuple[float, float]:
+    """What a reply's boxes beyond 1 are divided by, across and down, pixels or thousandths, to become shares. One reply has one
+    scale: pixels, unless a box that fits into a thousand leaves the picture by more than a slip.
+    """
+    across, down = (max((max(b[i], b[i + 2]) for b in boxes), default=0.0) for i in (0, 1))
+    leaves = across > SLIP * size[0] or down > SLIP * size[1]
+    return (THOUSAND, THOUSAND) if leaves and max(across, down) <= THOUSAND else (float(size[0]), float(size[1]))
+
+
+def _box(value: Any, unit: tuple[float, float]) -> Box | None:
+    """left, top, right, bottom as shares; None where they are no box inside the picture."""
+    found = _sides(value)
+    if not found:
+        return None
+    unit = (1.0, 1.0) if max(found) <= 1 else unit
+    left, top, right, bottom = found[0] / unit[0], found[1] / unit[1], found[2] / unit[0], found[3] / unit[1]
     inside = max(left, top, right, bottom) <= 1 and left < right and top < bottom
     return (left, top, right, bottom) if inside else None
 
