@@ -96,6 +96,7 @@ def test_a_held_out_picture_is_the_same_whatever_is_beside_it(originals):
     prompts = asked(prompts_of(originals))
     every, some = as_batch(prompts), as_batch([prompts[4], prompts[1]])
     assert torch.equal(every.low_res[[4, 1]], some.low_res)
+    assert torch.equal(every.low_res, as_batch(asked(prompts_of(originals), seed=7)).low_res)  # nor of which run asks
     assert (every.low_res[1] - blocks(every.reference)[1]).abs().max() > 0.05  # it was made worse
 
 

@@ -1,7 +1,8 @@
 """Pictures as what a model is asked for: a folder of originals, with low-resolution pictures made of them or beside them.
 
 Every picture is a prompt (without words) whose batch brings `reference` and `low_res`. In training a picture is cut and made worse anew
-each time it comes, by (seed, its place in the run); for evaluation it is cut in the middle and made worse as its name has it.
+each time it comes, by (seed, its place in the run); for evaluation it is cut in the middle and made worse as its name has it, in runs
+of every seed alike.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ class Pictures:
             return None, low  # type: ignore[return-value]
         reference = _part(large, *(n * self.scale for n in (top, left, height, width)))
         if low is None:
-            key = meta["draw"] if "draw" in meta else BESIDE_TRAINING + _number(str(meta["reference"]))
-            low = degraded(reference, self.how, self.seed, [key])
+            seed, key = (
+                (self.seed, meta["draw"]) if "draw" in meta else (0, BESIDE_TRAINING + _number(str(meta["reference"])))
+            )
+            low = degraded(reference, self.how, seed, [key])
         return reference, low
 
     def _check_scale(self, large: Tensor, small: Tensor, meta: dict[str, Any]) -> None:
