@@ -44,7 +44,13 @@ JUDGES = load_rewards(list(REWARDS.values()))
 def train(folder: Path, name: str, seed: int) -> Path:
     """One run, or the one that is there."""
     if not (folder / "report.html").exists():
-        how = {"batch": 16, "updates": UPDATES[name], "evaluate_every": 0, "evaluate_prompts": 32, "checkpoint_every": 100}
+        how = {
+            "batch": 16,
+            "updates": UPDATES[name],
+            "evaluate_every": 0,
+            "evaluate_prompts": 32,
+            "checkpoint_every": 100,
+        }
         own = {**WIDE, "ema": 0.0, **({"lr": RATES[name]} if name in RATES else {})}
         align(
             "alignprop",
