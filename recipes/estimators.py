@@ -56,7 +56,7 @@ COLUMNS = [
         "estimator",
         "cosine to exact",
         "size",
-        "largest |mean - exact| in s.e.",
+        "largest |mean - exact| in s.e., of steps it sees",
         "noise of a sample",
         "noise of an update",
     ),
