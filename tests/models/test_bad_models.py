@@ -10,12 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 from tiny_families import BUILDERS, tiny_sd3
 
 from tropism.core import Batch, UserError
 from tropism.models.load import load_model
+from tropism.rewards.load import load_reward
+from tropism.rewards.sources import read_weights
 
 ANSWERS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "bare": (404, "EntryNotFound")}
 
@@ -37,20 +40,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-ASK = """
-import sys
-from tropism.core import UserError
-from tropism.models.load import load_model
-from tropism.rewards.load import load_reward
-from tropism.rewards.sources import read_weights
-read = {"model": load_model, "reward": load_reward, "weights": lambda name: read_weights(name, "head.pth")}
-for text in sys.argv[1:]:
-    kind, _, name = text.partition("=")
-    try:
-        read[kind](name)
-    except UserError as error:
-        print(text, "->", error)
-"""
+READ = {"model": load_model, "reward": load_reward, "weights": lambda name: read_weights(name, "head.pth")}
 
 
 @pytest.fixture
@@ -61,19 +51,32 @@ def hub():
     server.shutdown()
 
 
-def asked(names, tmp_path, **environment):
-    """{"KIND=NAME": what was said} by a process of its own, since the hub's settings are read when it is imported."""
-    here = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    own = {**here, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run([sys.executable, "-c", ASK, *names], capture_output=True, text=True, env=own, timeout=120)
-    return dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(names, home, offline, endpoint) -> {"KIND=NAME": what was said}, with the hub's settings as its variables would set them."""
+
+    def ask(names, home, offline=False, endpoint=constants.ENDPOINT):
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        own = {"HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": offline, "ENDPOINT": endpoint}
+        for name, value in {**own, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+            monkeypatch.setattr(constants, name, value)
+        said = {}
+        for text in names:
+            kind, _, name = text.partition("=")
+            try:
+                READ[kind](name)
+            except UserError as error:
+                said[text] = str(error)
+        return said
+
+    return ask
 
 
-def test_hub_ids_that_refuse(hub, tmp_path):
+def test_hub_ids_that_refuse(hub, asked, tmp_path):
     """The catalogue's weights are fetched as models are, and told of in the same words."""
     models = [f"model=org/{name}" for name in ANSWERS]
     rewards = ["reward=clip:org/gated", "reward=clip:org/private", "weights=org/gated", "weights=org/private"]
-    said = asked([*models, *rewards], tmp_path, HF_ENDPOINT=hub)
+    said = asked([*models, *rewards], tmp_path, endpoint=hub)
     assert "org/gated is gated. Accept its licence" in said["model=org/gated"]
     assert "the hub knows no 'org/private', or it is private" in said["model=org/private"]
     assert "model_index.json" in said["model=org/bare"]
@@ -91,7 +94,7 @@ def cached(home, name, pipeline):
     return Path(shutil.copytree(pipeline, place / "snapshots" / ("0" * 40)))
 
 
-def test_the_cache_without_a_network(tmp_path):
+def test_the_cache_without_a_network(asked, tmp_path):
     """A model that was fetched once is read; of one that was fetched in part, or cut off, the file that is wrong is named."""
     pipeline = tiny_pipeline(tmp_path / "model")
     for name in ("whole", "partial", "cut"):
@@ -102,7 +105,7 @@ def test_the_cache_without_a_network(tmp_path):
         elif name == "cut":
             weights.write_bytes(weights.read_bytes()[:-100])
     names = [f"model=org/{name}" for name in ("whole", "partial", "cut", "never")]
-    said = asked(names, tmp_path / "home", HF_HUB_OFFLINE="1")
+    said = asked(names, tmp_path / "home", offline=True)
     assert "model=org/whole" not in said
     partial = said["model=org/partial"]
     assert "unet" in partial or "diffusion_pytorch_model.safetensors" in partial
