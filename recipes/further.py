@@ -3,7 +3,8 @@
     python recipes/further.py --methods docs/results/methods --out runs/further [--method NAME] [--part PART]
 
 seeds: ours and the best published method on aesthetics, with seeds 5 to 9 beside 0 to 4. layout, diverse: alignment by LAYOUT, aesthetics
-by DIVERSE, ours without a search, beside the published methods as searched. Runs that --methods holds are copied and not made again.
+by DIVERSE, ours without a search, beside the published methods as searched. Runs that --methods holds are copied and not made again;
+those made here are in docs/results/further (cp -r docs/results/further runs/ draws the pages from them).
 Hardware: one core a process, 10, 5 and 5 runs of about 100 seconds. Pages: OUT/PART/report.html.
 """
 
