@@ -277,6 +277,7 @@ def drawn(plan: Plan, objective: Objective, found: Tested, measures: Sequence[st
                 panel.plot(x, mean, color=f"C{number}", label=name)
                 panel.fill_between(x, mean - spread, mean + spread, color=f"C{number}", alpha=0.18, linewidth=0)
             panel.grid(alpha=0.25)
+            panel.locator_params(axis="x", nbins=5)
         line[0].set_ylabel(measure + (" (gold)" if measure == objective.gold and measure != "reward" else ""))
     for panel, axis in zip(panels[-1], axes, strict=True):
         panel.set_xlabel(AXES[axis])
