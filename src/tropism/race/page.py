@@ -19,7 +19,7 @@ from tropism.race.curves import Curve
 from tropism.race.plan import Entry, Objective, Plan
 from tropism.race.runs import Job
 from tropism.run.ledger import AXES
-from tropism.run.pictures import grid
+from tropism.run.pictures import grid, spaced
 from tropism.run.record import environment
 from tropism.run.report import environment_of, uri
 
@@ -268,8 +268,9 @@ def _csv(file: Path, sections: Sequence[Mapping[str, Any]]) -> None:
 def drawn(plan: Plan, objective: Objective, found: Tested, measures: Sequence[str]) -> Figure:
     """A row a measure, a column an axis; every method's mean over seeds with a band of one standard deviation."""
     axes = list(dict.fromkeys([plan.axis, "reward_queries", "reward_gradients", "forwards", "backwards", "seconds"]))
-    figure = Figure(figsize=(4.2 * len(axes), 2.6 * len(measures)), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(axes), 2.6 * len(measures)))
     panels = figure.subplots(len(measures), len(axes), squeeze=False, sharey="row")
+    spaced(figure, len(measures), len(axes))
     for line, measure in zip(panels, measures, strict=True):
         for panel, axis in zip(line, axes, strict=True):
             for number, (name, of) in enumerate(found.items()):

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tropism.core import UserError
+from tropism.run.pictures import spaced
 
 Curve = dict[str, list[float]]
 """The evaluated updates' record, column by column; "update" is one of them."""
@@ -177,9 +178,10 @@ def draw(recipe: Recipe, measured: Mapping[int, Curve], path: Path) -> None:
 
     across = min(4, len(recipe.tolerance))
     down = math.ceil(len(recipe.tolerance) / across)
-    figure = Figure(figsize=(3.6 * across, 2.6 * down), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.6 * across, 2.6 * down), dpi=110)
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False).flat
+    spaced(figure, down, across)
     for panel, (column, tolerance) in zip(panels, recipe.tolerance.items(), strict=False):
         for i, seed in enumerate(measured):
             theirs = recipe.reference[seed]
