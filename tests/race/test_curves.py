@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tropism.core import UserError
-from tropism.race import curves
+from tropism.race import curves, runs
 from tropism.race.curves import Curve
-from tropism.race.page import gap, levels, paired, reach
+from tropism.race.page import gap, levels, paired, reach, row
 from tropism.race.plan import SEARCH, plan_of
 from tropism.race.runs import Job, asked_of, keep, kept, points_of
 from tropism.run.ledger import AXES
@@ -173,6 +173,37 @@ def test_a_run_that_keeps_its_best_weights_stands_for_them_alone():
     assert curves.kept_best(curve([1, math.nan, 0.5], gold=[1.0, 2, 3]), "gold").columns["gold"].tolist() == [1, 1, 1]
 
 
+def test_what_a_run_is_read_as_is_its_best_weights_or_its_last(tmp_path):
+    objectives = {"o": {"reward": "jpeg", "gold": "watch/w", "watch": "w.py:w"}}
+    for is_best, gold in ((True, [0.1, 0.5, 0.5]), (False, [0.1, 0.5, 0.9])):
+        plan = plan_of({**PLAN, "objectives": objectives, "keep_best": is_best})
+        job = Job(plan.objectives[0], plan.entries[0], 0, 0, is_test=True)
+        rows = [
+            {"update": i, "held_out/reward": r, "held_out/watch/w": g, **({"spent": {"seconds": i}} if i else {})}
+            for i, (r, g) in enumerate([(0, 0.1), (2, 0.5), (1, 0.9)])
+        ]
+        keep(tmp_path, plan, job, rows)
+        assert runs.curve(tmp_path, plan, job).columns["watch/w"].tolist() == gold
+
+
+def test_methods_are_compared_by_the_processor_where_the_quicker_ended():
+    """One second of the axis is 1 of the processor for the first and 3 for the second: at 2, the second is at two thirds."""
+    plan = plan_of(PLAN | {"budget": {"seconds": 2}})
+    found = {"a": [curve([0, 1, 4]), curve([0, 2, 6])], "b": [curve([0, 3, 3]), curve([0, 3, 9])]}
+    for c in found["b"]:
+        c.spent["cpu_seconds"] = c.spent["seconds"] * 3
+    told = paired(plan, plan.objectives[0], found, "a", "b")
+    assert told["until"] == (2, 2)
+    assert told["clock"] == pytest.approx(curves.paired([4, 6], [2, 2])) and told["clock"][0] > 0
+    assert told["mean"] == pytest.approx(-1) and paired(plan, plan.objectives[0], found, "b", "a")["clock"][0] < 0
+
+
+def test_a_row_has_the_spread_of_a_sample():
+    plan = plan_of(PLAN | {"budget": {"seconds": 2}})
+    found = row(plan, plan.entries[0], [curve([0, 1, 4]), curve([0, 2, 6])], {}, ["reward"])
+    assert found.means == {"reward": 5} and found.spreads == pytest.approx({"reward": math.sqrt(2)})
+
+
 def test_a_band_is_mean_and_spread_up_to_the_shortest_run():
     x, mean, spread = curves.band([curve([0, 1, 2]), curve([0, 3, 6, 9], x=(0, 1, 2, 3))], "seconds", "reward", n=3)
     assert x.tolist() == [0, 1, 2] and mean.tolist() == [0, 2, 4]
@@ -227,6 +258,15 @@ def test_a_plan_of_names_alone_has_six_configurations_a_method():
         ({"budget": {"priced": 3}}, "has no prices"),
         ({"objectives": {"x": {"reward": "jpeg", "prices": {"forward": 1}}}}, "Did you mean 'forwards'"),
         ({"bugdet": {}}, "Did you mean 'budget'"),
+        ({"seeds": [0, 1, 0]}, "seeds holds a seed twice"),
+        ({"seeds": 3}, "seeds of the plan is 3; it must be a list of whole numbers"),
+        ({"seeds": ["a"]}, "a list of whole numbers"),
+        ({"objectives": ["jpeg"]}, "objectives of the plan .* must be names with values"),
+        ({"tuning_share": "half"}, "'half'; it must be a number"),
+        ({"prompts_each": 0}, "prompts_each of the plan is 0; it must be a whole number from 1 up"),
+        ({"points": 0}, "points of the plan is 0"),
+        ({"longer": {"draft": -1}}, "a factor above 0"),
+        ({"methods": {"draft": {"search": {"lr": 1}}}}, "search of the method 'draft' must be a list"),
     ],
 )
 def test_a_plan_that_cannot_be_is_named(changed, said):

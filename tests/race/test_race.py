@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import tiny_pipeline
@@ -62,6 +63,9 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
     assert float(rows["DDPO", "reward"]["reward_queries"]) == 4  # at the budget, not at its own end
     assert {m for _, m in rows} == {"reward", "training_reward", "watch/incompressibility", "diversity", "drift"}
     text = page.read_text()
+    gold = {m: float(r["mean"]) for (m, measure), r in rows.items() if measure == "watch/incompressibility"}
+    assert f"Highest there: <b>{max(gold, key=gold.get)}</b>" in text  # by gold, of which less jpeg is
+    assert max(gold, key=gold.get) == min(gold, key=lambda m: float(rows[m, "reward"]["mean"]))
     assert "<td>DDPO</td><td>not searched</td><td>8</td>" in text and "<td>DRaFT</td><td>2</td><td>4</td>" in text
     assert "on seed 7 alone" in text and "Of equals the first listed was taken" in text
     assert "the same held-out prompts that the test runs are judged on (at most 2, 2 pictures each" in text
@@ -80,6 +84,22 @@ def test_search_tests_and_page(folder, tmp_path, capsys):
         UserError, match=r"holds a run of .* settings (lr 0.001 instead of 2.0|eta 1.0 instead of unset)"
     ):
         race(plan(folder, tmp_path, methods={"DDPO": {"method": "ddpo", "search": [{"lr": 2.0}]}}, longer={}), out=out)
+
+
+def test_the_command_line_s_plan_ends_in_a_page_at_a_priced_budget_too(folder, tmp_path):
+    """What `compare --method` makes, with one configuration and seed: nothing names how many prompts are evaluated."""
+    (tmp_path / PROMPTS).write_text("a cat\na dog\n")
+    flags = (["jpeg"], None, [], str(tmp_path / PROMPTS), ["reward_queries=4"], 1)
+    made = plan_from(None, ["draft"], folder, *flags)
+    short = {"batch": 2, "steps": 2, "guidance": 1.0}
+    made = replace(made, entries=(replace(made.entries[0], search=({"lr": 1e-3},)),), points=1, prompts_each=1)
+    objectives = tuple(replace(o, prices={"reward_queries": 2.0}) for o in made.objectives)
+    settings = {**made.settings, **short}
+    made = replace(made, settings=settings, objectives=objectives, budget={"priced": 8.0})
+    text = race(made, out=tmp_path / "out").read_text()
+    assert "(at most 32, 1 pictures each" in text and "inf]" not in text and "nan" not in text
+    told = json.loads((tmp_path / "out" / "jpeg" / "draft" / "test-0.json").read_text())
+    assert told["evaluations"][-1]["spent"]["priced"] == 8 and told["evaluations"][-1]["spent"]["reward_queries"] == 4
 
 
 def test_a_run_that_blows_up_loses_the_search(folder, tmp_path):

@@ -81,6 +81,7 @@ def plan_from(
         "methods": {m: {"settings": {"eta": 1.0}} if m == "ddpo" else {} for m in methods},
         "budget": ledger.budget_of(budget),
         "seeds": range(5 if seeds is None else seeds),
+        "tuning_seeds": [max(100, seeds or 0)],
         "settings": {"evaluate_eta": 0.0, **({"prompts": prompts} if prompts else {})},
     }
     return plan_of(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,7 @@ class Plan:
                 raise UserError(
                     f"{name!r} cannot be the name of a folder. Name objectives and methods in letters and digits."
                 )
-        both = set(self.seeds) & set(self.tuning_seeds)
-        if both:
-            raise UserError(
-                f"The seeds {sorted(both)} are tuned on and tested on, so the test would be too good. Take other tuning_seeds."
-            )
+        _check_seeds(self.seeds, self.tuning_seeds)
         if not (self.objectives and self.entries and self.seeds and self.budget):
             raise UserError(
                 "A comparison needs at least one objective, one method, one seed and a budget. Add what is missing."
@@ -87,6 +83,7 @@ class Plan:
             _check_objective(objective, self.budget)
         for name in (*self.longer, *(n for o in self.objectives for n in o.longer), *filter(None, [self.level_of])):
             known(name, [e.name for e in self.entries], "method of the plan")
+        _check_longer((self.longer, *(o.longer for o in self.objectives)))
         if not 0 < self.tuning_share <= 1:
             raise UserError(f"tuning_share is {self.tuning_share}; it must lie in (0, 1]. Try 0.5.")
 
@@ -113,6 +110,7 @@ def read(file: Path | str) -> Plan:
 def plan_of(found: Mapping[str, Any]) -> Plan:
     """The plan of a mapping as it stands in a file. Raises UserError for unknown names, and for what is missing."""
     _check(found, Plan, "a plan", ("model", "objectives", "methods", "budget"), renamed={"entries": "methods"})
+    _check_kinds(found)
     own = {k: v for k, v in found.items() if k not in ("objectives", "methods")}
     for name in ("seeds", "tuning_seeds"):
         if name in own:
@@ -133,6 +131,46 @@ SEARCH: dict[str, tuple[Mapping[str, Any], ...]] = {
     "ddpo": tuple({"lr": r, "clip_range": c} for r in RATES for c in (1e-4, 1e-2)),
 }
 """Six configurations a method where a plan names none: three learning rates, two values of what is the method's own."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_kinds(found: Mapping[str, Any]) -> None:
+    """Raises UserError for a value of a plan that is of another kind than its name asks for."""
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    names = lambda v: isinstance(v, Mapping)
+    kinds = {
+        **dict.fromkeys(("objectives", "methods", "budget", "settings", "longer"), (names, "names with values")),
+        **dict.fromkeys(("seeds", "tuning_seeds"), (_is_seeds, "a list of whole numbers from 0 up, such as [0, 1, 2]")),
+        **dict.fromkeys(("points", "prompts_each"), (lambda v: whole(v) and v > 0, "a whole number from 1 up")),
+        "tuning_share": (_is_number, "a number in (0, 1]"),
+    }
+    for name, (fits, what) in kinds.items():
+        if name in found and not fits(found[name]):
+            raise UserError(f"{name} of the plan is {found[name]!r}; it must be {what}.")
+
+
+def _check_seeds(seeds: tuple[int, ...], tuning: tuple[int, ...]) -> None:
+    """Raises UserError for a seed that is there twice, or both tuned on and tested on."""
+    for name, of in (("seeds", seeds), ("tuning_seeds", tuning)):
+        if len(set(of)) < len(of):
+            raise UserError(f"{name} holds a seed twice, and the same run is no second evidence. Give each once.")
+    if both := set(seeds) & set(tuning):
+        raise UserError(
+            f"The seeds {sorted(both)} are tuned on and tested on, so the test would be too good. Take other tuning_seeds."
+        )
+
+
+def _check_longer(factors: Iterable[Mapping[str, float]]) -> None:
+    for of in factors:
+        if wrong := [f"{n}: {v}" for n, v in of.items() if not (_is_number(v) and v > 0)]:
+            raise UserError(f"longer says {wrong[0]}; it is a factor above 0. Try 2.")
+
+
+def _is_seeds(value: Any) -> bool:
+    return isinstance(value, list | tuple | range) and all(isinstance(v, int) and v >= 0 for v in value)
 
 
 def _check_objective(objective: Objective, budget: Mapping[str, float]) -> None:
@@ -164,7 +202,12 @@ def _entry(name: str, found: Mapping[str, Any]) -> Entry:
     _check(found, Entry, f"the method {name!r}", (), without=("name",))
     method = found.get("method", name)
     known(method, SEARCH, "method")
-    search = tuple(found.get("search") or SEARCH[method])
+    search = found.get("search") or SEARCH[method]
+    if not (isinstance(search, list | tuple) and all(isinstance(c, Mapping) for c in search)):
+        raise UserError(
+            f"search of the method {name!r} must be a list of configurations, such as [{{lr: 1.0e-3}}, {{lr: 3.0e-3}}]."
+        )
+    search = tuple(search)
     return Entry(name, method, dict(found.get("settings", {})), search)
 
 
