@@ -14,6 +14,7 @@ from pathlib import Path
 from tropism.commands.race import race
 from tropism.race import page
 from tropism.race.plan import Entry, read
+from tropism.run.checks import known
 
 OURS, SEEDS = "Tropism", (0, 1, 2)
 CHANGED = {
@@ -37,6 +38,7 @@ def main():
     parser.add_argument("--method")
     run = parser.parse_args()
     plan = read(run.plan)
+    known(run.objective or plan.objectives[0].name, [o.name for o in plan.objectives], "objective")
     plan = replace(plan, settings={"dtype": "float32", **plan.settings})
     ours = next(e for e in plan.entries if e.name == OURS)
     for objective in plan.objectives:
