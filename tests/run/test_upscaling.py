@@ -16,6 +16,7 @@ from tropism.commands import align, upscale
 from tropism.core import Stream, UserError
 from tropism.models.one_step import OneStep
 from tropism.models.upscale_pixel import PixelUpscale
+from tropism.restore.pictures import made_by
 from tropism.run.upscaling import PlacedDraw, Upscaler, differences, upscaled
 from tropism.worlds import glyphs_posterior
 
@@ -200,11 +201,14 @@ def test_an_adapter_and_how_much_of_it(tmp_path, monkeypatch):
     lora.save(trained, tmp_path / "lora")
     (tmp_path / "config.yaml").write_text(f"model: {model}\n")
     made = {}
+    assert "strength" not in made_by(photo_file)
     for name, more in {"base": {"model": model}, "off": {"strength": 0.0}, "on": {}, "half": {"strength": 0.5}}.items():
         adapter = {} if name == "base" else {"adapter": tmp_path}
         upscale(photo_file, out=tmp_path / f"{name}.png", steps=2, **adapter, **more)
         made[name] = pixels(tmp_path / f"{name}.png")
     assert (made["base"] == made["off"]).all()
+    told = made_by(tmp_path / "half.png")  # pictures are passed on, and no folder of this machine with them
+    assert '"strength": 0.5' in told and tmp_path.name in told and str(tmp_path) not in told
     away = {n: abs(made[n] - made["base"]).mean() for n in ("half", "on")}
     assert 0 < away["half"] < away["on"]
 

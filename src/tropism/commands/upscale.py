@@ -128,8 +128,9 @@ MADE_WITH += ("tile", "context", "blend", "dtype")
 
 
 def _plain(how: Mapping[str, Any]) -> str:
-    """What a picture is made with, as the file keeps it."""
-    return json.dumps({n: str(v) if isinstance(v, Path) else v for n, v in how.items()}, default=list)
+    """What a picture is made with, as the file keeps it: of folders the last two names, since pictures are passed on."""
+    short = lambda v: "/".join(Path(v).parts[-2:]) if isinstance(v, Path | str) and v and Path(v).exists() else v
+    return json.dumps({n: short(v) if n in ("model", "adapter") else v for n, v in how.items()}, default=list)
 
 
 def _otherwise(place: Path, how: Mapping[str, Any]) -> str:
