@@ -244,6 +244,8 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
     whole = measured("a", 4)
     assert len(asked) == 4 and whole[:2] == first
     assert measured("a", 4) == whole and len(asked) == 4
+    measured("a", 1)  # interrupted again before it has come to where it was
+    assert measured("a", 4) == whole and len(asked) == 4
     images[2] = 1 - images[2]
     assert measured("a", 4)[2] != whole[2] and len(asked) == 5
     assert measured("b", 4) and len(asked) == 9

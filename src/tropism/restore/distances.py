@@ -65,15 +65,18 @@ def measure_folder(distance: Distance, judge: str, triples: Iterable[Triple], ou
     cannot be read or compared is a row with an error. The table is written whole every 20 rows, at the end, and when the work is
     interrupted. Raises UserError where the table cannot be written.
     """
-    rows, known = list[Measured](), _read(out, judge)
+    rows, known, is_whole = list[Measured](), _read(out, judge), False
     try:
         for name, *sources in triples:
             rows.append(_measured(distance, known, name, sources[0], sources[1]))
-            if len(rows) % EVERY == 0:
+            if len(rows) % EVERY == 0 and len(rows) >= len(known):
                 _write(out, judge, rows)
             yield rows[-1]
+        is_whole = True
     finally:
-        _write(out, judge, rows)
+        # Interrupted before it has come to where it was: the older table holds more.
+        if is_whole or len(rows) >= len(known):
+            _write(out, judge, rows)
 
 
 def _measured(distance: Distance, known: Mapping[str, float], name: str, *sources: Any) -> Measured:
