@@ -32,7 +32,7 @@ from tropism.space.cameras import VIEWS
 from tropism.worlds.solids import BACKGROUND, parse
 from tropism.worlds.solids_library import Library
 
-POOLED, SHARPNESS = 8, 20.0
+POOLED, SHARPNESS = 8, 200.0
 
 
 def table(steps: int = 1000) -> tuple[float, ...]:
@@ -88,7 +88,7 @@ class OracleModel:
         self._pooled = tuple(F.adaptive_avg_pool2d(x, POOLED).flatten(2) for x in (self._light, self._opacity))
         self._which = library.which.to(self.device)
         self._view = torch.tensor([VIEWS.index(v) for v in library.cameras.views()], device=self.device)
-        self._painted: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._kept: dict[torch.dtype, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ what is asked
 
@@ -174,35 +174,33 @@ class OracleModel:
     def _means(
         self, x_t: Tensor, alpha: Tensor, sigma: Tensor, priors: list[Tensor], background: Tensor
     ) -> list[Tensor]:
-        """E[x_0 | x_t] (B, 3, S, S) under each of the priors (B, N)."""
-        colours, of = background.unique(dim=0, return_inverse=True)
-        found = [torch.empty_like(x_t) for _ in priors]
-        for k, colour in enumerate(colours):
-            rows = (of == k).nonzero()[:, 0]
-            means = self._over_one(x_t[rows], alpha[rows], sigma[rows], [p[rows] for p in priors], colour)
-            found = [f.index_copy(0, rows, m) for f, m in zip(found, means, strict=True)]
-        return found
+        """E[x_0 | x_t] (B, 3, S, S) under each of the priors (B, N).
 
-    def _over_one(
-        self, x_t: Tensor, alpha: Tensor, sigma: Tensor, priors: list[Tensor], colour: Tensor
-    ) -> list[Tensor]:
-        pictures, squares, middle = self._paint(colour, x_t)
+        A picture is linear in its background, x_i = 2 (light_i + clear_i c) - 1, so that no picture is ever painted.
+        """
+        light, clear, middle_light, middle_clear, squares = self._parts(x_t.dtype)
+        c = background.to(x_t)[:, :, None]
         alpha, sigma = alpha.flatten(1), sigma.flatten(1)
+        middle = (middle_light + middle_clear * c).flatten(1)
         z = x_t.flatten(1) - alpha * middle
         # |z - alpha x|^2 without |z|^2, which all pictures share, about the pictures' mean, which would cost digits.
-        near = (alpha * (z @ pictures.T) - alpha**2 * squares / 2) / sigma**2
-        return [((near + p).softmax(1) @ pictures + middle).view_as(x_t) for p in priors]
+        along = z @ light.T + (z.view(len(z), 3, -1) * c).sum(1) @ clear.T
+        lit, mixed, bare = squares
+        size = lit + 2 * c[..., 0] @ mixed.T + c.square().sum((1, 2))[:, None] * bare
+        near = (alpha * along - alpha**2 * size / 2) / sigma**2
+        w = torch.cat([(near + p).softmax(1) for p in priors])
+        shown = (w @ light).view(len(priors), len(z), 3, -1) + (w @ clear).view(len(priors), len(z), 1, -1) * c
+        return [(s.flatten(1) + middle).view_as(x_t) for s in shown]
 
-    def _paint(self, colour: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All pictures on a background, (N, D) in [-1, 1] less their mean (D,), with their squared norms (N,); the last asked is kept."""
-        key = (tuple(colour.tolist()), like.dtype)
-        if self._painted is None or self._painted[0] != key:
-            light, opacity = self._light.to(like), self._opacity.to(like)
-            x = (2 * (light + (1 - opacity) * colour.to(like)[:, None, None]) - 1).flatten(1)
-            middle = x.mean(0)
-            x -= middle
-            self._painted = key, (x, x.square().sum(1), middle)
-        return self._painted[1]
+    def _parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Of all pictures in [-1, 1], x_i - middle = light_i + clear_i c: light (N, D), clear (N, P), what the middle is of, and |.|^2."""
+        if dtype not in self._kept:
+            light, clear = 2 * self._light.to(dtype).flatten(2), 2 * (1 - self._opacity.to(dtype).flatten(2))
+            middle_light, middle_clear = light.mean(0), clear.mean(0)
+            light, clear = light - middle_light, clear - middle_clear
+            squares = light.square().sum((1, 2)), (light * clear).sum(2), clear.square().sum((1, 2))
+            self._kept[dtype] = light.flatten(1), clear.flatten(1), middle_light - 1, middle_clear, squares
+        return self._kept[dtype]
 
     def x0(self, x_t: Tensor, out: Tensor, t: float | Tensor) -> Tensor:
         return self.process.x0(x_t, out, t, self.prediction)
