@@ -7,6 +7,7 @@ from tropism.commands.distil import Distilled, distil
 from tropism.commands.examine import doctor
 from tropism.commands.race import plan_from, race
 from tropism.commands.reproduce import Reproduced, reproduce
+from tropism.commands.scene import SceneRun, scene
 from tropism.commands.serve import serve
 from tropism.commands.share import export, mix
 from tropism.commands.train import METHODS, Run, align, demo, pretrain
@@ -19,6 +20,7 @@ __all__ = [
     "GuidedRun",
     "Reproduced",
     "Run",
+    "SceneRun",
     "align",
     "compare",
     "demo",
@@ -32,6 +34,7 @@ __all__ = [
     "pretrain",
     "race",
     "reproduce",
+    "scene",
     "serve",
     "upscale",
 ]

@@ -59,6 +59,16 @@ PRODUCTS = (
     "compare.csv",
     "dial.csv",
     "dial.png",
+    *(
+        "coarse",
+        "fine",
+        "visual.safetensors",
+        "visual_prompt.png",
+        "scene.safetensors",
+        "turntable.gif",
+        "turntable.mp4",
+    ),
+    *("views.png", "mesh.glb", "viewer.html", "metrics.json"),
 )
 _PACKAGES = ("tropism", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 

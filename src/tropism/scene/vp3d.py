@@ -12,10 +12,10 @@ shares and ramp are ours, and all of them are arguments.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tropism.core import Batch, Cond, Draw, Info, Model, Reward, Stream, UserErr
 from tropism.scene.distill import Method, clean, csd, distilled, injected, isd, score_losses, sds, size_of, vsd
 from tropism.scene.perp_neg import perp_neg
 from tropism.scene.regularise import indecision, sparsity
+from tropism.scene.reward_sds import reward_sds
 from tropism.scene.terms import balanced, rewarded
 from tropism.scene.times import ANNEALS, FIRST, LAST, Range, drawn, ramp
 from tropism.scene.views import asked, gate, near
@@ -98,45 +99,65 @@ def vp3d(
     last: Range = LAST,
     rho: float = 0.2,
     rho_visual: float = 0.2,
+    noises: int = 0,
+    temperature: float = 1.0,
     hinge: float | None = None,
     start: float = 0.3,
     samples: int = 48,
+    pixels: int | None = None,
     smoothness: float = 0.0,
     opacity: float = 0.0,
     decided: float = 0.0,
+    eikonal: float = 0.0,
 ) -> Generator[tuple[Tensor, Info], None, dict]:
     """One update of a scene. Yields one (loss, Info); the loss's value is that of the regularisers, its gradient all of it.
 
     batch: views as `Asked.batch` makes them. progress: share of the run that is done, in [0, 1). reward: of views and the prompt (r_hf);
-    consistency: of views and batch.visual, near the visual prompt's own camera alone (r_vc); None leaves them out. method: one of METHODS;
-    vsd trains the model's adapter beside the scene. weight: w(t). anneal, first, last: which times are looked at (scene.times). hinge: a
-    view worth that much is content. samples: points along a ray. smoothness, opacity, decided: weights of total variation, sparsity and
-    indecision.
+    consistency: of views and the visual prompt, given as batch.visual and as batch.reference, near its own camera alone (r_vc); None
+    leaves them out. method: one of METHODS;
+    vsd trains the model's adapter beside the scene. noises: above 0 the reward needs no gradient; it weighs so many noises of a view, by
+    the softmax of rewards / temperature (scene.reward_sds). weight: w(t).
+    anneal, first, last: which times are looked at (scene.times). hinge: a
+    view worth that much is content. samples: points along a ray. pixels: side of a render, by default the model's own picture's.
+    smoothness, opacity, decided, eikonal: weights of total variation, sparsity, indecision and, of a SurfaceField, a distance's slope.
     Raises UserError for names that do not exist and where something is asked of a visual prompt and there is none.
     """
     _check(method, anneal, consistency, batch)
+    if noises and (reward is None or method == "perp-neg"):
+        raise UserError(f"There is no reward to weigh {noises} noises by" + " under perp-neg." * (method == "perp-neg"))
     cond, compare = _compared(method, model, batch)
-    size = size_of(model, cond)
+    wanted = size_of(model, cond)
+    size = wanted if pixels is None else (pixels, pixels)
     background = torch.tensor([m["background"] for m in batch.meta or []])
     jitter = uniform(seed, Stream.CAMERA, update, batch.index, 2, 0, (size[0] * size[1], samples))[:, 0]
     rendered = render(scene, batch.cameras.to(model.device), size, samples=samples, jitter=jitter)
     pictures = rendered.over(background)
     leaf = pictures.detach().requires_grad_()
-    x0 = clean(model, leaf, size)
+    x0 = clean(model, leaf, wanted)
     t = drawn(model.process, ANNEALS[anneal](progress, first, last), seed, update, batch.index)
     noise = Draw(seed, update, batch.index)(Stream.RENOISE, 0, cond.shape)
-    loss, _ = distilled(model, x0, t, noise, cond, guidance=guidance, method=compare, weight=weight)
+    columns = {}
+    if noises and reward is not None:
+        more = [Draw(seed, update, batch.index)(Stream.RENOISE, 1 + k, cond.shape) for k in range(1, noises)]
+        chosen = {"guidance": guidance, "method": compare, "weight": weight, "temperature": temperature}
+        loss, liked = reward_sds(model, reward, x0, t, torch.stack([noise, *more], 1), cond, batch, **chosen)
+        columns, reward = {name_of(reward): liked.mean(1)}, None
+    else:
+        loss, _ = distilled(model, x0, t, noise, cond, guidance=guidance, method=compare, weight=weight)
     (pull,) = torch.autograd.grad(loss, leaf)
-    total, columns = pull, {}
+    total = pull
     azimuth = batch.cameras.azimuth
     for term, share, much in ((reward, None, rho), (consistency, near(azimuth, PROMPT_CAMERA[0]), rho_visual)):
         if term is not None:
-            slope, scores = rewarded(term, leaf, batch, hinge=hinge if term is reward else None, share=share)
+            told = batch if term is reward else replace(batch, reference=batch.visual)
+            slope, scores = rewarded(term, leaf, told, hinge=hinge if term is reward else None, share=share)
             total = total + balanced(slope, pull, much * ramp(progress, start))
             columns[name_of(term)] = scores
     extra = (
         smoothness * scene.smoothness() + opacity * sparsity(rendered.opacity) + decided * indecision(rendered.opacity)
     )
+    if eikonal:
+        extra = extra + eikonal * scene.eikonal()  # type: ignore[attr-defined]
     if method == "vsd":
         extra = extra + _own_score(model, x0, batch, seed, update, cond)
     scalars = {"distillation_norm": float(pull.norm()), "opacity": float(rendered.opacity.detach().mean())}
@@ -176,6 +197,35 @@ def _check(method: str, anneal: str, consistency: Reward | None, batch: Batch) -
     if batch.visual is None and (consistency is not None or method == "isd"):
         what = "isd" if consistency is None else f"the reward '{name_of(consistency)}'"
         raise UserError(f"{what} compares with a visual prompt, and there is none. Give one, or leave it out.")
+
+
+@dataclass
+class Stage:
+    """VP3D as a step of a training loop: a part of a run, from `begin` to `end` of its progress, on one scene.
+
+    how: hyperparameters of `vp3d`. first: updates that other stages have done before, so that no draw is made twice.
+    """
+
+    model: Model
+    scene: Scene
+    asked: Asked
+    how: Mapping[str, Any]
+    first: int = 0
+    begin: float = 0.0
+    end: float = 1.0
+    progress: float = 0.0
+
+    def pace(self, done: float) -> None:
+        self.progress = self.begin + done * (self.end - self.begin)
+
+    def batch(self, update: int, seed: int) -> Batch:
+        return self.asked.batch(seed, self.first + update)
+
+    def __call__(
+        self, batch: Batch, *, state: dict, update: int, seed: int, micro_batch: int | None
+    ) -> Generator[tuple[Tensor, Info], None, dict]:
+        moment = {"state": state, "update": self.first + update, "seed": seed, "progress": self.progress}
+        return vp3d(self.model, self.scene, batch, **moment, **self.how)
 
 
 def prompt_batch(

@@ -15,9 +15,11 @@ Source: Tweedie's Formula and Selection Bias, Efron 2011; Denoising Diffusion Pr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +31,12 @@ from tropism.core import Batch, Draw, Stream, UserError
 from tropism.noise import as_index
 from tropism.process.gaussian import VP
 from tropism.space.cameras import VIEWS
+from tropism.worlds import solids
 from tropism.worlds.solids import BACKGROUND, parse
-from tropism.worlds.solids_library import Library
+from tropism.worlds.solids_library import Library, library
 
 POOLED, SHARPNESS = 8, 200.0
+TWO = "Try 'a red cube left of a blue sphere'."
 
 
 def table(steps: int = 1000) -> tuple[float, ...]:
@@ -223,3 +227,26 @@ class OracleModel:
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {}
+
+
+def exact(prompt: str, *, folder: Path | None = None, **options: Any) -> OracleModel:
+    """The exact denoiser for a prompt: its library has what else the words could have been.
+
+    One solid: all shapes and colours, large, or in both sizes where the prompt names one. Two: all colours of the two shapes, both ways
+    round. folder: where rendered shapes are kept, which takes seconds each; None: in the user's cache. options: of OracleModel.
+    Raises UserError for a prompt of another world, and for one of two solids that leaves a shape open.
+    """
+    asked = parse(prompt)
+    shapes = [s.shape for s in asked.solids]
+    if len(shapes) == 1:
+        pool = solids.scenes(size=None if asked.solids[0].size else "large")
+    elif None in shapes or shapes[0] == shapes[1] or any(s.size == "small" for s in asked.solids):
+        raise UserError(f"Of two solids name two different shapes, and no small one: {prompt!r} does not. {TWO}")
+    else:
+        pool = [s for s in solids.pairs() if {x.shape for x in s.solids} == set(shapes)]
+    return OracleModel(library(pool, folder=folder or kept_in()), **options)
+
+
+def kept_in() -> Path:
+    """Where rendered shapes are kept between runs: tropism/ in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tropism"

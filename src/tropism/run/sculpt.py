@@ -1,0 +1,197 @@
+"""A scene being made: its visual prompt, and the stages that training takes it through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tropism.core import Batch, Model, Reward, scored
+from tropism.restore import pictures as files
+from tropism.rewards.pixels import resized
+from tropism.run.evaluate import evaluate
+from tropism.run.fit import fit
+from tropism.run.record import Recorder
+from tropism.scene.field import SurfaceField, VoxelField
+from tropism.scene.threshold import level_of
+from tropism.scene.views import asked as worded
+from tropism.scene.vp3d import PROMPT_CAMERA, Asked, Stage, prompt_batch
+from tropism.space.cameras import Cameras, ring
+from tropism.space.volume import render
+
+FINE = ("surface", "voxel", "none")
+VIEWS = 8
+"""Held-out views around the object."""
+BETAS, EPS = (0.9, 0.99), 1e-15
+"""Of Adam, as threestudio has them."""
+
+
+# ---------------------------------------------------------------------------------------------------- the visual prompt
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The visual prompt (3, H, W), and where it was chosen: all candidates (N, 3, H, W) and their rewards (N,)."""
+
+    picture: Tensor
+    candidates: Tensor
+    rewards: Tensor
+
+
+def drawn_prompt(
+    model: Model,
+    prompt: str,
+    reward: Reward | None,
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    negative: str,
+) -> Visual:
+    """The best of `count` pictures that the model draws of the prompt, from the front on white, by the reward; without one the first."""
+    nothing = lambda images, batch: images.new_zeros(len(images))
+    batch = prompt_batch(prompt, count, negative=negative)
+    found = evaluate(model, reward or nothing, batch, steps=steps, guidance=guidance, seed=seed, batch_size=8)
+    rewards = found.columns["reward"]
+    return Visual(found.images[int(rewards.nan_to_num(-torch.inf).argmax())], found.images, rewards)
+
+
+def read_prompt(file: Path | str, size: tuple[int, int]) -> Visual:
+    """A picture file as the visual prompt: alpha on white, made square with the colour of its border, brought to size (H, W)."""
+    x = files.read(file).whole()
+    high, wide = x.shape[-2:]
+    side = max(high, wide)
+    border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], 2).median(2).values[0]
+    left, top = (side - wide) // 2, (side - high) // 2
+    room = (left, side - wide - left, top, side - high - top)
+    x = torch.stack([pad(channel, room, value=float(c)) for channel, c in zip(x[0], border, strict=True)])[None]
+    picture = resized(x, *size, mode="bilinear").clamp(0, 1)
+    return Visual(picture[0], picture, torch.full((1,), torch.nan))
+
+
+def kept_prompt(file: Path, make: Callable[[], Visual]) -> Visual:
+    """The visual prompt in a file, made and written there if it is not: a resumed run follows the same picture to the bit."""
+    if not file.exists():
+        made = make()
+        unfinished = file.with_suffix(".part")
+        save_file({n: v.clone().contiguous() for n, v in vars(made).items()}, unfinished)
+        unfinished.replace(file)
+    return Visual(**load_file(file))
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a scene is trained: a coarse stage on voxels, and a fine one on a surface, on finer voxels, or none.
+
+    updates, resolution, lr: of the coarse stage and the fine one. schedule: how lr goes over each of them, see `fit`.
+    """
+
+    updates: tuple[int, int]
+    resolution: tuple[int, int]
+    lr: tuple[float, float]
+    fine: str
+    schedule: str
+    checkpoint_every: int
+    seed: int
+    eikonal: float
+
+
+def sculpted(
+    model: Model,
+    asked: Asked,
+    how: Mapping[str, Any],
+    plan: Plan,
+    *,
+    out: Path,
+    resume: bool,
+    config: Mapping[str, Any],
+    watching: Callable[[Any], Mapping[str, float]],
+    say: Callable[[str], None],
+) -> tuple[VoxelField | SurfaceField, list[dict[str, Any]]]:
+    """The finished field and the lines of both stages' records, from OUT/coarse and OUT/fine; finished stages are read, not repeated."""
+    coarse, total = VoxelField(plan.resolution[0]).to(model.device), sum(plan.updates)
+    share = plan.updates[0] / total
+    stage = Stage(model, coarse, asked, how, 0, 0.0, share)
+    lines = _trained(stage, plan, 0, out / "coarse", resume, config, watching)
+    level = level_of(coarse)  # an empty scene is said so, before more is spent on it
+    if plan.fine == "none":
+        return coarse, lines
+    say(f"The fine stage: {plan.fine}, {plan.resolution[1]}^3.")
+    finer = coarse.grown(plan.resolution[1])
+    field = SurfaceField.of(finer, level) if plan.fine == "surface" else finer
+    own = dict(how) | ({"eikonal": plan.eikonal} if plan.fine == "surface" else {})
+    stage = Stage(model, field, asked, own, plan.updates[0], share, 1.0)
+    more = _trained(stage, plan, 1, out / "fine", resume, config, watching)
+    return field, [*lines, *({**line, "update": line["update"] + plan.updates[0]} for line in more)]
+
+
+def _trained(
+    stage: Stage,
+    plan: Plan,
+    number: int,
+    folder: Path,
+    resume: bool,
+    config: Mapping[str, Any],
+    watching: Callable[[Any], Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """Train the stage's field in place; the lines of its record. number: 0 is the coarse stage, 1 the fine one."""
+    scene: Any = stage.scene
+    groups: dict[str, dict[str, Tensor]] = {"scene": dict(scene.named_parameters())}
+    rates, updates = {"scene": plan.lr[number]}, plan.updates[number]
+    if stage.how.get("method") == "vsd":
+        groups["score"] = dict(stage.model.trainable())
+        rates["score"] = 1e-4
+    with Recorder(folder, config, resume=resume) as recorder:
+        fit(
+            stage,
+            groups,
+            lambda update: stage.batch(update, plan.seed),
+            updates=updates,
+            out=folder,
+            recorder=recorder,
+            lr=rates,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=0.0,
+            clip=0.0,
+            schedule=plan.schedule,
+            seed=plan.seed,
+            checkpoint_every=plan.checkpoint_every,
+            resume=resume,
+            evaluate=lambda _: dict(watching(scene)),
+            evaluate_every=max(1, updates // 4),
+        )
+        return recorder.lines()
+
+
+# ---------------------------------------------------------------------------------------------------- looking on
+
+
+def around(device: torch.device, count: int = VIEWS) -> Cameras:
+    """The held-out views: equally spaced, at the visual prompt's elevation."""
+    return ring(count, PROMPT_CAMERA[1]).to(device)
+
+
+@torch.no_grad()
+def looked_at(
+    field: Any, prompt: str, rewards: Mapping[str, Reward], size: tuple[int, int], device: torch.device
+) -> dict[str, float]:
+    """Of every reward its mean over the held-out views, and of the worst one, as "held_out/NAME" and "held_out/NAME/worst"."""
+    places = around(device)
+    views = torch.cat([render(field, places[[i]], size).over(1.0) for i in range(len(places))])
+    batch = Batch(worded(prompt, places.views()), cameras=places)
+    found = {}
+    for name, reward in rewards.items():
+        values = scored(reward, views, batch).double()
+        found |= {f"held_out/{name}": values.mean().item(), f"held_out/{name}/worst": values.min().item()}
+    return found
