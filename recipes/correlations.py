@@ -1,11 +1,14 @@
 """Which measures see invented digits: PSNR, SSIM, LPIPS-like, feature distances and a judge against the exact count, on the glyphs world.
 
-    python recipes/correlations.py --out docs/results/correlations        about 15 minutes on one core; --scenes 200 for a look
+    python recipes/correlations.py --out docs/results/correlations        about 20 minutes on one core; --scenes 200 for a look
 
 Seeds 0, 1, 2, each 1,000 scenes through the bundled upscaler ("within"), and 250 scenes each of it, the most probable picture, bicubic and
 random digits ("mixture"); without nuisance and with it (gain and offset, shifts up to 2 px, stroke weight), which a reader who is told
-of it sees through. OUT/table.csv has Spearman with the count of invented digits, its 95 % interval over pictures, the most that
+of it sees through. OUT/table.csv has Spearman with the count of invented digits, its 95 % interval over scenes, the most that
 a score without ties could have, and the AUROC of one or more; OUT/gaps.csv how far the default proxy is above each measure, paired.
+
+The bundled encoders have seen the digits' names and this kind of nuisance. "encoder without labels" has seen no name: it was trained
+here to find each slot again under another nuisance, among the slots of other scenes.
 
 The judge is a loopback server asked through the real client: it looks at the pictures it is sent, slot by slot, and forgives tone, shift
 and blur. A vision-language model may see less.
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
@@ -33,7 +37,7 @@ from tropism.rewards.feature_distance import LPIPS_LIKE, FeatureDistance
 from tropism.rewards.glyphs import nearness
 from tropism.run.evaluate import evaluate
 from tropism.worlds import glyphs, glyphs_posterior, glyphs_reading
-from tropism.worlds.glyphs_features import encoder
+from tropism.worlds.glyphs_features import encoder, new
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from judge_stub import running, seen
@@ -42,6 +46,8 @@ DEFAULT = "feature distance"
 ALIKE, FAINT = 0.9, 0.06
 """The correlation below which the judge calls a slot another one, and the deviation below which it sees nothing there."""
 DRAWS = 1000
+MAKERS = {"within": 1, "mixture": 4}
+"""Pictures of one scene."""
 
 
 class AlexLike(nn.Module):
@@ -62,6 +68,22 @@ class AlexLike(nn.Module):
             x = stage(x).relu()
             found.append(x)
         return found
+
+
+def without_labels(updates: int = 1500, scenes: int = 48) -> FeatureDistance:
+    """The distance of an encoder of the reward's build, trained by telling slots apart: InfoNCE, Oord et al., arXiv 1807.03748."""
+    torch.manual_seed(4)
+    network = new("features")
+    optimiser = torch.optim.Adam(network.parameters(), 2e-3)
+    for update in range(updates):
+        x = glyphs_posterior.batch(range(update * scenes, (update + 1) * scenes), 77).reference
+        one, other = (glyphs_reading.spoil(x, glyphs_reading.drawn(range(scenes), 2 * update + k)) for k in range(2))
+        mine, same = (F.normalize(network(y)[-1].flatten(2).transpose(1, 2).flatten(0, 1), dim=1) for y in (one, other))
+        loss = F.cross_entropy(10 * mine @ same.T, torch.arange(len(mine)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return FeatureDistance(network.eval().requires_grad_(False), tokens="patch", name="without-labels", source="here")
 
 
 def looked_at(body: dict) -> str:
@@ -104,7 +126,9 @@ def measures(url: str) -> dict:
         "LPIPS-like, random network": FeatureDistance(AlexLike(), **LPIPS_LIKE).distance,
         "LPIPS-like, reward's encoder": FeatureDistance(encoder("features"), **LPIPS_LIKE).distance,
         "feature distance, random network": nearness("random").distance,
+        "feature distance, encoder without labels": without_labels().distance,
         DEFAULT: nearness("features").distance,
+        "feature distance, l1": nearness("features", "?metric=l1").distance,
         "feature distance, held-out encoder": nearness("judge").distance,
         "judge": lambda x, y: judged(x, y, url),
     }
@@ -185,15 +209,18 @@ def pooled(parts):
     return np.concatenate([c for c, _ in parts]), {n: np.concatenate([s[n] for _, s in parts]) for n in parts[0][1]}
 
 
-def draws(n: int):
-    rng = np.random.default_rng(0)
-    return [rng.integers(n, size=n) for _ in range(DRAWS)]
+def draws(n: int, makers: int):
+    """Resampled rows: scenes are drawn, each with what every one of `makers` methods made of it. Rows: maker by maker within a seed."""
+    rng, scenes = np.random.default_rng(0), n // 3 // makers
+    for _ in range(DRAWS):
+        seed, scene = np.divmod(rng.integers(3 * scenes, size=3 * scenes), scenes)
+        yield np.concatenate([seed * makers * scenes + maker * scenes + scene for maker in range(makers)])
 
 
 def table(found):
     for (kind, nuisance), parts in found.items():
         count, scores = pooled(parts)
-        chosen = draws(len(count))
+        chosen = list(draws(len(count), MAKERS[kind]))
         for name, score in scores.items():
             low, high = np.percentile([correlation(score[i], count[i]) for i in chosen], [2.5, 97.5])
             each = " ".join(f"{correlation(s[name], c):.3f}" for c, s in parts)
@@ -206,7 +233,7 @@ def gaps(found):
     """How far the default proxy's correlation is above each other measure's."""
     for (kind, nuisance), parts in found.items():
         count, scores = pooled(parts)
-        chosen = draws(len(count))
+        chosen = list(draws(len(count), MAKERS[kind]))
         own = [correlation(scores[DEFAULT][i], count[i]) for i in (slice(None), *chosen)]
         for name in (n for n in scores if n != DEFAULT):
             other = [correlation(scores[name][i], count[i]) for i in (slice(None), *chosen)]

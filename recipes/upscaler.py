@@ -13,6 +13,7 @@ Judged on 2,000 scenes of seed 1000, which no run has seen, by the exact reader 
 import argparse
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def main() -> None:
     floors = {name: judged(getattr(glyphs_posterior, name)(batch), count) for name in ("most_probable", "sampled")}
     rows = [{"arm": "base", "seed": "", **kept(run.out / f"base-{count}.json", lambda: base, count)}]
     rows += [{"arm": name, "seed": "", **found} for name, found in floors.items()]
+    for name, found in floors.items():
+        (run.out / f"{name}-{count}.json").write_text(json.dumps(found))
     first, least = rows[0]["invented"], floors["most_probable"]["invented"]
     for arm in run.arms:
         for seed in map(int, run.seeds.split(",")):
@@ -146,6 +149,22 @@ def main() -> None:
         table.writeheader()
         table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     print((run.out / "table.csv").read_text())
+    wrong = [text for row in rows for text in short_of(row, rows[0], least)]
+    print("\n".join(wrong) or "Every run does what was asked of it.")
+    sys.exit(any(text.startswith("features-") and "spoilt" not in text for text in wrong))
+
+
+def short_of(row: dict, base: dict, least: float) -> list[str]:
+    """What a run of features does not reach of what was asked: the gap, what it may lose, the other encoder, no less than the least."""
+    if not str(row["arm"]).startswith("features"):
+        return []
+    held = {
+        "closes .4 of the gap": row["closed"] >= 0.4,
+        "loses less than .02": row["lost"] - base["lost"] < 0.02,
+        "is nearer to the other encoder": row["held_out_distance"] < base["held_out_distance"],
+        "is at most .01 below the most probable": row["invented"] > least - 0.01,
+    }
+    return [f"{row['arm']}-{row['seed']} fails: {what}" for what, right in held.items() if not right]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ HELP_OF = {
         "column": "The scores' column.",
         "exact_column": "The column of --exact.",
         "scores_higher_is": "worse or better, where --scores does not say.",
-        "people_higher_is": "worse or better, where --people or --exact does not say.",
+        "people_higher_is": "worse or better, of --people or --exact, where they do not say.",
         "common": "Compare the pictures that both sides have, instead of refusing others.",
         "above": "Something is wrong where people's number is above this (default: the lowest level).",
         "seed": "Of the intervals.",
@@ -81,7 +81,19 @@ def register() -> None:
     app.registered_commands.clear()
     for function in (hallucination.score, agreeing.agree, agreeing.form, agreeing.benchmark):
         name = function.__name__
-        app.command(name)(plain_command(_spoken(function), {**HELP, **HELP_OF.get(name, {})}))
+        spoken = _spoken(_incomplete_is_failure(function) if name == "score" else function)
+        app.command(name)(plain_command(spoken, {**HELP, **HELP_OF.get(name, {})}))
+
+
+def _incomplete_is_failure(score: Callable) -> Callable:
+    """The scoring with exit code 1 where some pictures could not be scored: a script must be able to tell."""
+
+    @functools.wraps(score)
+    def run(*positional, **named):
+        if score(*positional, **named).summary.failed:
+            raise typer.Exit(1)
+
+    return run
 
 
 def _spoken(function: Callable) -> Callable:

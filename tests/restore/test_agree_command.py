@@ -257,7 +257,7 @@ def test_a_damaged_picture_costs_one_distance(run, tmp_path):
     file = tmp_path / "sr" / "photo_0.png"
     file.write_bytes(file.read_bytes()[:-2000])
     words = ("--sr", tmp_path / "sr", "--gt", tmp_path / "gt", "--judge", f"features:{tmp_path / 'dino'}")
-    assert run("score", *words, "--out", tmp_path / "out")[0] == 0
+    assert run("score", *words, "--out", tmp_path / "out")[0] == 1
     rows = table(tmp_path / "out" / "scores.csv")
     assert [bool(r["score"]) for r in rows] == [False, True] and "photo_0.png" in rows[0]["error"]
     (tmp_path / "sr" / "photo_1.png").write_bytes(file.read_bytes())

@@ -1,7 +1,5 @@
 """What rewards that need no weights of others declare: range, input size, licence, and a gradient that is there or is not."""
 
-from importlib.resources import files
-
 import pytest
 import torch
 
@@ -32,8 +30,6 @@ def test_what_it_declares(name):
         pytest.importorskip("rdkit")
     if name == "utr-load":
         pytest.importorskip("RNA")
-    if name.startswith("solids") and not (files("tropism") / "weights" / "solids" / "judge.safetensors").is_file():
-        pytest.skip("its networks are not in this checkout yet")
     reward = load_reward(name)
     assert reward.name == name
     assert isinstance(reward.about, About) and reward.about.licence and reward.about.source
@@ -49,3 +45,9 @@ def test_what_it_declares(name):
     low, high = reward.about.range
     assert low < high and ((low <= value) & (value <= high)).all() and value.isfinite().all()
     assert value.requires_grad == is_differentiable(reward)
+
+
+def test_the_encoder_that_judges_is_not_the_one_that_rewards():
+    """Another build and other weights, through the names that users type."""
+    shapes = lambda name: [tuple(p.shape) for p in load_reward(name).frozen.module.parameters()]
+    assert shapes("glyphs-judge") != shapes("glyphs-features") == shapes("glyphs-random")

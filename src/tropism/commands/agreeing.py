@@ -70,6 +70,8 @@ def agree(
     for text in [*said, *(f"{name}: {group.found}" for name, group in groups.items())]:
         say(text)
     whose = "people's" if exact is None else "known"
+    if (folder / agreed.TABLE).exists():
+        say(f"{folder / agreed.TABLE} was there already and is replaced.")
     page = agreed.write(folder, groups, Path(scores).name, other.source, whose, said, command)
     say(f"See {page}; the table is {folder / agreed.TABLE}.")
     return groups

@@ -102,18 +102,18 @@ def scene(
 
     prompt: what it shall be. model: solids-exact (the exact denoiser of the bundled world), a Stable Diffusion folder or hub id,
     file.py:Class, or a Model. adapter: its image adapter, "FOLDER" or org/name:path/to/file, without which it reads no picture.
-    reference: a picture file that gives the looks, in place of the one that the model draws. reward: of every view and the text,
-    differentiable, summed; "none" for none. consistency: a reward that compares views with the picture near its own camera, such as
-    features:SOURCE; "none" for none. watch: rewards to measure only. negative: what it must not look like.
-    method: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which the reward takes the best; 0 for no visual prompt.
-    strength: how much the picture counts in front; behind, a quarter of it. updates: of the coarse stage, on resolution^3 voxels.
-    fine_updates: of the fine one, on fine_resolution^3. fine: surface (a signed distance), voxel or none. lr: of Adam in
-    the coarse stage. fine_lr: in the fine one. views: pictures
-    an update. samples: points along a ray. pixels: side of a render, default the model's own. guidance: of the distillation, default
-    the model's own. steps: of drawing the picture. weight: w(t): sds, uniform or fantasia3d. anneal: of times: constant, linear,
-    square-root. rho: the reward's share of the distillation's gradient. rho_visual: the same of consistency. hinge: a view worth that
-    much is content. start: share of the run before rewards count. smoothness: weight of total variation. opacity: weight of sparsity. decided: weight
-    against half-transparency. eikonal: weight of a distance's slope, of a surface.
+    reference: a picture file that gives the looks, in place of the one that the model draws. reward: of every view and the text, summed;
+    "none" for none. noises: above 0 the reward needs no gradient, and weighs so many noises of a view at `temperature`. consistency: a
+    reward that compares views with the picture near its own camera, such as features:SOURCE; "none" for none. watch: rewards to
+    measure only. negative: what it must not look like. method: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which
+    the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a quarter of it.
+    updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine: surface (a signed
+    distance), voxel or none. lr: of Adam in the coarse stage. fine_lr: in the fine one. views: pictures an update. samples: points
+    along a ray. pixels: side of a render, default the model's own. guidance: of the distillation, default the model's own. steps: of
+    drawing the picture. weight: w(t), one of sds, uniform, fantasia3d. anneal: of the times, one of constant, linear, square-root.
+    rho: the reward's share of the distillation's gradient. rho_visual: the same of consistency. hinge: a view worth that much is
+    content. start: share of the run before rewards count. smoothness: weight of total variation. opacity: weight of sparsity.
+    decided: weight against half-transparency. eikonal: weight of a distance's slope, of a surface.
     OUT gets turntable.gif, views.png, mesh.glb, viewer.html, visual_prompt.png, metrics.json, report.html, scene.safetensors.
     Raises UserError for anything that cannot be, for a scene that collapses to nothing, and for a resumed scene with other settings.
     """

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from tropism.restore.pairs import pictures_of
 from tropism.restore.pictures import UnreadablePicture, made_by
 from tropism.run import export
 from tropism.run.checks import at_least_one, finite_numbers, not_negative, overrides, set_up
+from tropism.run.progress import clock
 from tropism.run.upscaling import Upscaled, Upscaler, check_colour, heat_of, upscaled
 
 
@@ -94,7 +96,8 @@ def upscale(
             _say(f"{place} is there already{_otherwise(place, how)}; --overwrite makes it anew.")
             continue
         try:
-            found.append(upscaled(upscaler, file, place, tile=tile, context=context, blend=blend, made=_plain(how)))
+            sizes = {"tile": tile, "context": context, "blend": blend}
+            found.append(upscaled(upscaler, file, place, **sizes, made=_plain(how), wait=_waiting(file.name)))
         except UnreadablePicture as error:
             if len(files) == 1:
                 raise
@@ -116,6 +119,20 @@ def _raise_of(failed: Sequence[str], total: int) -> None:
             f"{len(failed)} of {total} pictures cannot be enlarged, what is wrong is said above: {', '.join(failed[:8])}"
             f"{' ...' if len(failed) > 8 else ''}. The others are done."
         )
+
+
+def _waiting(name: str, every: float = 10.0) -> Callable[[float], None]:
+    """Says how far a picture is, every so many seconds."""
+    began = last = time.monotonic()
+
+    def say(done: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done and now - last >= every:
+            last = now
+            _say(f"{name}  {done:.0%}  {clock((now - began) * (1 - done) / done)} left")
+
+    return say
 
 
 def _say(line: str) -> None:

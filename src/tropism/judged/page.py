@@ -92,6 +92,9 @@ def judged(rows: Sequence[Row]) -> tuple[list[Line], Summary]:
 FEW = 8
 """Pictures below which a bootstrap interval covers the mean in less than nine of ten cases."""
 
+SPREAD = 12
+"""Pictures above the lowest level below which the interval covers the mean in less than 93 of 100 cases."""
+
 
 def headline(told: Scored) -> str:
     """The mean and its interval in one sentence, which the command prints too."""
@@ -105,6 +108,8 @@ def headline(told: Scored) -> str:
     )
     if 1 < found.scored < FEW:
         interval += " (too narrow, of so few)"
+    elif told.levels and sum((line.score or 1) > 1 for line in told.lines if line.score is not None) < SPREAD:
+        interval += f" (a little too narrow: fewer than {SPREAD} pictures are above level 1)"
     failed = f"; {found.failed} could not be scored" if found.failed else ""
     return f"{'Hallucination score' if told.levels else 'Feature distance'} {value}, {what}, {interval}{failed}."
 

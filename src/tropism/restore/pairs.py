@@ -169,10 +169,12 @@ def _listed(names: Iterable[str]) -> str:
 def _checked(result: Path, reference: Path | None, low: Path | None) -> Pair:
     width, height = size(result)
     if reference and (other := size(reference)) != (width, height):
+        common = min(width, other[0]), min(height, other[1])
+        cut = [p for p, own in ((result, (width, height)), (reference, other)) if own != common]
+        how = " and ".join(f"magick {p} -crop {common[0]}x{common[1]}+0+0 +repage {p.with_suffix('.png')}" for p in cut)
         raise UserError(
             f"{result.name} has {width} x {height} pixels and its reference {reference.name} has {other[0]} x {other[1]}. "
-            f"Cut both to the same view: magick {reference.name} -crop {min(width, other[0])}x{min(height, other[1])}+0+0 "
-            f"+repage {reference.stem}.png"
+            f"If they share their upper left corner, cut what is larger: {how}"
         )
     return Pair(
         result.stem, result, reference, low, width, height, _scale(result, (width, height), low) if low else None

@@ -11,7 +11,7 @@ what is wrong is not found out by this.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations, product
@@ -111,16 +111,18 @@ class Upscaler:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A picture that tells the upscaler which part it is asked for."""
+    """A picture that tells the upscaler which part it is asked for, and whoever waits how much is done."""
 
     picture: Picture
     upscaler: Upscaler
+    wait: Callable[[float], None]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.picture, name)
 
     def window(self, top: int, left: int, height: int, width: int) -> Tensor:
         self.upscaler.corner = top, left
+        self.wait((top * self.picture.width + left * height) / (self.picture.height * self.picture.width))
         return self.picture.window(top, left, height, width)
 
 
@@ -156,17 +158,26 @@ class Upscaled:
 
 
 def upscaled(
-    upscaler: Upscaler, source: Path, out: Path, *, tile: int, context: int, blend: int, made: str = ""
+    upscaler: Upscaler,
+    source: Path,
+    out: Path,
+    *,
+    tile: int,
+    context: int,
+    blend: int,
+    made: str = "",
+    wait: Callable[[float], None] = lambda done: None,
 ) -> Upscaled:
     """Write a picture file, enlarged, to the PNG `out`, and with several samples where they differ beside it.
 
-    tile, context, blend: see restore.tiles, in pixels of the source. made: how, written into the file.
+    tile, context, blend: see restore.tiles, in pixels of the source. made: how, written into the file. wait: called before each part
+    with the share that is done.
     Raises UserError for what cannot be read, written or enlarged.
     """
     picture, k = pictures.read(source), upscaler.scale
     result = Upscaled(source, out, k * picture.height, k * picture.width, notes=tuple(picture.notes))
     sizes: dict[str, Any] = {"tile": tile, "context": context, "blend": blend, "step": upscaler.multiple}
-    parts = cast(Picture, _Parts(picture, upscaler))
+    parts = cast(Picture, _Parts(picture, upscaler, wait))
     if upscaler.samples < 2:
         tiles.upscaled(upscaler, parts, out, **sizes, made=made)
         return result
