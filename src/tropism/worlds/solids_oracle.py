@@ -35,7 +35,7 @@ from tropism.worlds import solids
 from tropism.worlds.solids import BACKGROUND, parse
 from tropism.worlds.solids_library import Library, library
 
-POOLED, SHARPNESS = 8, 200.0
+POOLED, SHARPNESS = 8, 1000.0
 TWO = "Try 'a red cube left of a blue sphere'."
 
 
