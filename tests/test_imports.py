@@ -21,7 +21,7 @@ ORDER = [
     {"race", "judged"},
     {"commands"},
     {"flags"},
-    {"cli_restore"},
+    {"cli_restore", "cli_scene"},
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}

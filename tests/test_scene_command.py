@@ -125,14 +125,14 @@ def test_a_scene_that_collapses_is_said_so(model, tmp_path):
     ("more", "says"),
     [
         ({"fine": "mesh"}, "mesh"),
-        ({"method": "dreamfusion"}, "dreamfusion"),
+        ({"distillation": "dreamfusion"}, "dreamfusion"),
         ({"updates": 0}, "updates"),
         ({"resolution": 1}, "at least 2 nodes"),
         ({"start": 1.0}, "share of the run"),
         ({"rho": -1.0}, "rho"),
         ({"reward": ["jpeg-bytes"]}, "--noises 4"),
         ({"reward": ["none"], "noises": 4}, "weigh 4 noises"),
-        ({"method": "isd", "candidates": 0}, "isd compares with a visual prompt"),
+        ({"distillation": "isd", "candidates": 0}, "isd compares with a visual prompt"),
     ],
 )
 def test_what_cannot_be_asked(model, tmp_path, more, says):

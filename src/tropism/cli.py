@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from tropism import cli_restore
+from tropism import cli_restore, cli_scene
 from tropism.flags import HELP, HIDDEN, command_line, flags, number, optional, plain_command
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def _register(name: str) -> None:
         app.command("upscale")(plain_command(commands.upscale, HELP, source))
     else:
         app.command("upscale", help="Enlarge photographs, and say what may be made up.")(_doctor)
-    app.command("scene", help="Make a 3-D object from text.")(_scene_command() if name == "scene" else _doctor)
+    app.command("scene", help="Make a 3-D object from text.")(cli_scene.command() if name == "scene" else _doctor)
     app.command("dial", help="Turn an adapter up or down, or mix two.")(_dial_command() if name == "dial" else _doctor)
     if name == "hallucination":
         cli_restore.register()
@@ -120,15 +120,6 @@ def _dial_command() -> Callable:
     named = Annotated[list[str], typer.Argument(help="A run folder of align, or two to mix.")]
     return plain_command(
         commands.dial, HELP, inspect.Parameter("runs", inspect.Parameter.KEYWORD_ONLY, annotation=named)
-    )
-
-
-def _scene_command() -> Callable:
-    from tropism import commands
-
-    said = Annotated[str, typer.Argument(help="What the object shall be, such as 'a red cube'.")]
-    return plain_command(
-        commands.scene, {}, inspect.Parameter("prompt", inspect.Parameter.KEYWORD_ONLY, annotation=said)
     )
 
 

@@ -117,8 +117,12 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def flags(function: Callable, skip: tuple[str, ...], help_of: Mapping[str, str]) -> list[inspect.Parameter]:
-    """The parameters of a function as options, but for those in `skip`. help_of: what to say of a name, where its docstring does not."""
+def flags(
+    function: Callable, skip: tuple[str, ...], help_of: Mapping[str, str], own: bool = False
+) -> list[inspect.Parameter]:
+    """The parameters of a function as options, but for those in `skip`. help_of: what to say of a name, where its docstring does not;
+    own: it was written for this function and comes first.
+    """
     hints, documented, found = typing.get_type_hints(function), _documented(function), []
     for name, p in inspect.signature(function).parameters.items():
         if name in skip:
@@ -132,7 +136,7 @@ def flags(function: Callable, skip: tuple[str, ...], help_of: Mapping[str, str])
                 kind,
                 str(default) if kind is str and isinstance(default, int) else default,
                 (documented.get(name) or help_of.get(name, ""))
-                if skip != HIDDEN
+                if skip != HIDDEN and not own
                 else help_of.get(name) or documented.get(name, ""),
             )
         )
@@ -149,16 +153,18 @@ def number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-def plain_command(function: Callable, help_of: Mapping[str, str], *arguments: inspect.Parameter) -> Callable:
-    """A command whose flags are its function's, after these arguments."""
+def plain_command(
+    function: Callable, help_of: Mapping[str, str], *arguments: inspect.Parameter, own: bool = False
+) -> Callable:
+    """A command whose flags are its function's, after these arguments; own: see `flags`."""
 
     told = {"command"} & set(inspect.signature(function).parameters)
 
     def run(**values: Any) -> None:
         function(**values, **{name: command_line() for name in told})
 
-    own = flags(function, HIDDEN + tuple(a.name for a in arguments), help_of)
-    run.__signature__ = inspect.Signature([*arguments, *own])  # type: ignore[attr-defined]
+    options = flags(function, HIDDEN + tuple(a.name for a in arguments), help_of, own)
+    run.__signature__ = inspect.Signature([*arguments, *options])  # type: ignore[attr-defined]
     run.__doc__ = (function.__doc__ or "").splitlines()[0]
     return run
 

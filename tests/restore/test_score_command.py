@@ -264,7 +264,10 @@ def spoil(tmp_path, what):
     ("what", "said"),
     [
         ("header", r"photo_1\.png is not a PNG"),
-        ("size", r"photo_1\.png has 64 x 64 pixels and its reference photo_1\.png has 48 x 48\. .*magick \S*sr/photo_1\.png -crop 48x48"),
+        (
+            "size",
+            r"photo_1\.png has 64 x 64 pixels and its reference photo_1\.png has 48 x 48\. .*magick \S*sr/photo_1\.png -crop 48x48",
+        ),
         ("part", r"no whole multiple of the 15 x 16"),
         ("extra", r"1 of 4 results have no picture in --gt .*photo_9\.png.*Give both the same names"),
         ("twice", r"photo_1\.png fits 2 files of --gt: photo_1\.bmp, photo_1\.png"),

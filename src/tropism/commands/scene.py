@@ -34,9 +34,20 @@ OWN: dict[str, Any] = {"reward": ["solids-text"], "consistency": "solids-visual"
 """Of the solids world, where nothing is said."""
 NONE = "none"
 FIXED = ("prompt", "model", "adapter", "reference", "resolution", "fine_resolution", "fine", "updates", "fine_updates")
-FIXED += ("method", "seed", "reward", "consistency", "candidates", "strength", "views", "lr", "guidance", "negative")
+FIXED += (
+    "distillation",
+    "seed",
+    "reward",
+    "consistency",
+    "candidates",
+    "strength",
+    "views",
+    "lr",
+    "guidance",
+    "negative",
+)
 """Settings that a resumed scene must have in common with its beginning."""
-OF_VP3D = ("method", "weight", "anneal", "rho", "rho_visual", "hinge", "start", "samples", "pixels")
+OF_VP3D = ("weight", "anneal", "rho", "rho_visual", "hinge", "start", "samples", "pixels")
 OF_VP3D += ("noises", "temperature", "smoothness", "opacity", "decided")
 
 
@@ -61,7 +72,7 @@ def scene(
     consistency: Reward | str | None = None,
     watch: Sequence[Reward | str] = (),
     negative: str = "",
-    method: str = "sds",
+    distillation: str = "sds",
     candidates: int = 8,
     strength: float = 0.5,
     updates: int = 150,
@@ -71,7 +82,7 @@ def scene(
     fine: str = "surface",
     lr: float = 0.06,
     fine_lr: float = 0.02,
-    schedule: str = "linear",
+    schedule: str = "constant",
     views: int = 4,
     samples: int = 32,
     pixels: int | None = None,
@@ -105,7 +116,7 @@ def scene(
     reference: a picture file that gives the looks, in place of the one that the model draws. reward: of every view and the text, summed;
     "none" for none. noises: above 0 the reward needs no gradient, and weighs so many noises of a view at `temperature`. consistency: a
     reward that compares views with the picture near its own camera, such as features:SOURCE; "none" for none. watch: rewards to
-    measure only. negative: what it must not look like. method: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which
+    measure only. negative: what it must not look like. distillation: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which
     the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a quarter of it.
     updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine: surface (a signed
     distance), voxel or none. lr: of Adam in the coarse stage. fine_lr: in the fine one. views: pictures an update. samples: points
@@ -120,7 +131,7 @@ def scene(
     settings = dict(locals())
     check(settings)
     place, precision = set_up(device, dtype, threads)
-    loaded = _model(model, prompt, adapter, method, place, precision)
+    loaded = _model(model, prompt, adapter, distillation, place, precision)
     of_solids = isinstance(loaded, solids_oracle.OracleModel)
     terms = _terms(settings, of_solids)
     settings |= {"guidance": getattr(loaded, "guidance", 7.5) if guidance is None else guidance}
@@ -162,7 +173,7 @@ def check(settings: Mapping[str, Any]) -> None:
     finite_numbers(**{n: settings[n] for n in ("strength", "lr", "rho", "rho_visual", "guidance", "hinge", "start")})
     if settings["noises"] and list(settings["reward"]) == [NONE]:
         raise UserError(f"There is no reward to weigh {settings['noises']} noises by. Name one with --reward.")
-    for name, choices in (("fine", FINE), ("method", METHODS), ("weight", WEIGHTS), ("anneal", ANNEALS)):
+    for name, choices in (("fine", FINE), ("distillation", METHODS), ("weight", WEIGHTS), ("anneal", ANNEALS)):
         known(settings[name], choices, name)
     if not 0 <= settings["start"] < 1:
         raise UserError(f"--start is {settings['start']:g}; it is a share of the run, in [0, 1). Try 0.3.")
@@ -250,7 +261,11 @@ def _made(
         strength=s["strength"],
         views=s["views"],
     )
-    how = {n: s[n] for n in OF_VP3D} | {"guidance": s["guidance"]} | {n: terms[n] for n in ("reward", "consistency")}
+    how = (
+        {n: s[n] for n in OF_VP3D}
+        | {"guidance": s["guidance"], "method": s["distillation"]}
+        | {n: terms[n] for n in ("reward", "consistency")}
+    )
     plan = Plan(
         (s["updates"], s["fine_updates"]),
         (s["resolution"], s["fine_resolution"]),
@@ -269,7 +284,7 @@ def _made(
     numbers = {n.removeprefix("held_out/"): v for n, v in watching(field).items()} | _of_solids(field, model, settings)
     done = Made(
         prompt=s["prompt"],
-        method=("VP3D, " if visual is not None else "") + s["method"],
+        method=("VP3D, " if visual is not None else "") + s["distillation"],
         model=config["model"],
         seed=s["seed"],
         command=s["command"] or f"tropism.commands.scene({s['prompt']!r}, out={str(out)!r})",

@@ -85,19 +85,16 @@ def upscale(
     getattr(loaded, "check_request", lambda *_: None)(guidance, [negative])
     loaded.process.times(steps, getattr(loaded, "shape", (1, 1, 1)))
     upscaler = Upscaler(loaded, steps, weight, prompt, negative, seed, samples, colour)
-    how = {n: asked[n] for n in MADE_WITH} | {
-        "model": model if named else type(model).__name__,
-        "steps": steps,
-        "guidance": weight,
-    }
+    own = {"model": model if named else type(model).__name__, "steps": steps, "guidance": weight}
+    how = {n: asked[n] for n in MADE_WITH} | own
     found, failed = [], []
     for file, place in zip(files, places, strict=True):
         if place.exists() and (samples == 1 or heat_of(place).exists()) and not overwrite:
             _say(f"{place} is there already{_otherwise(place, how)}; --overwrite makes it anew.")
             continue
         try:
-            sizes = {"tile": tile, "context": context, "blend": blend}
-            found.append(upscaled(upscaler, file, place, **sizes, made=_plain(how), wait=_waiting(file.name)))
+            parts = {"tile": tile, "context": context, "blend": blend, "wait": _waiting(file.name)}
+            found.append(upscaled(upscaler, file, place, **parts, made=_plain(how)))
         except UnreadablePicture as error:
             if len(files) == 1:
                 raise
