@@ -30,7 +30,7 @@ def test_alignment_closes_the_gap_and_does_not_blur(seed):
 
 
 def test_features_that_learned_nothing_do_as_well_without_nuisance_and_ruin_the_picture_with_it():
-    """The control does not separate in a clean world, which the docs say; under nuisance it does."""
+    """In a clean world the control does not separate, which the docs say; under nuisance it does."""
     assert of("random-0")["invented"] < 0.12
     for seed in SEEDS:
         spoilt, blind = of(f"features-spoilt-{seed}"), of(f"random-spoilt-{seed}")
