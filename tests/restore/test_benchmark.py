@@ -1,5 +1,6 @@
 """The public benchmark's loader: on a small data set of its columns, with the real package where it is installed, else a stand-in."""
 
+import importlib
 import io
 import sys
 from types import SimpleNamespace
@@ -54,7 +55,6 @@ def check(found):
 
 def test_pairs_of_a_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    columns = {name: [row[name] for row in rows()] for name in benchmark.COLUMNS}
     text, number = datasets.Value("string"), datasets.Value("float64")
     kinds = {
         "gt": datasets.Image(),
@@ -62,8 +62,11 @@ def test_pairs_of_a_folder(tmp_path):
         "human_score": number,
         "n_ratings": datasets.Value("int64"),
     }
-    features = datasets.Features({name: kinds.get(name, text) for name in columns})
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "test.parquet"))
+    features = datasets.Features({name: kinds.get(name, text) for name in benchmark.COLUMNS})
+    table = importlib.import_module("pyarrow").Table.from_pylist(
+        [features.encode_example(row) for row in rows()], schema=features.arrow_schema
+    )
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "test.parquet")
     check(list(benchmark.pairs(str(tmp_path))))
     with pytest.raises(UserError, match=r"cannot be read .*another split than 'dev'"):
         list(benchmark.pairs(str(tmp_path), "dev"))
