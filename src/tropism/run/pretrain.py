@@ -7,6 +7,7 @@ OUT/model, and `pretrain_rewards` adds the reward networks beside it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def train_vae(folder: Path, updates: int, n: int, batch: int = 16):
 # ---------------------------------------------------------------------------------------------------- text and U-Net
 
 
-def new_tokenizer(folder: Path):
-    """A CLIP tokenizer whose vocabulary is the bytes and the words of this world; writes vocab.json and merges.txt."""
+def new_tokenizer(folder: Path, known: Sequence[str] = ()):
+    """A CLIP tokenizer whose vocabulary is the bytes and some words (default: of this world); writes vocab.json and merges.txt."""
     from transformers import CLIPTokenizer
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = sorted({w for s in shapes.scenes() for w in s.prompt.split()})
+    words = sorted(set(known) or {w for s in shapes.scenes() for w in s.prompt.split()})
     merges: list[tuple[str, str]] = []
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]

@@ -2,7 +2,7 @@
 
 Every stage checkpoints into OUT/.train and goes on where it stopped. OUT/reward.safetensors rewards and OUT/judge.safetensors only judges:
 two classifiers of different build, seed and data. The one that rewards never sees the solids that are held out; the judge, which must
-read those too, sees all.
+read those too, sees all. OUT/model and OUT/adapter are the diffusion model and its image adapter (pretrain_solids_model).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tropism.run.pretrain_loop import train
+from tropism.run.pretrain_solids_model import solids_model
 from tropism.space.cameras import Cameras, drawn
 from tropism.worlds import solids, solids_features, solids_library
 from tropism.worlds.solids import Scene
@@ -26,14 +27,18 @@ from tropism.worlds.solids_features import HEADS, Classifier
 
 @dataclass(frozen=True)
 class Lengths:
-    """Updates of every stage, and the views from which each shape and size is rendered for them."""
+    """Updates of every stage, the views from which each shape and size is rendered for classifiers, and the sides for the model."""
 
     reward: int = 5000
     judge: int = 5000
+    denoiser: int = 4000
+    encoder: int = 1500
+    adapter: int = 1500
     views: int = 160
+    sides: int = solids_library.AZIMUTHS
 
 
-QUICK = Lengths(reward=2, judge=2, views=4)
+QUICK = Lengths(reward=2, judge=2, denoiser=2, encoder=2, adapter=2, views=4, sides=1)
 """Enough to see every stage work, in seconds; the networks know nothing."""
 BATCH = 64
 DENSITIES = (solids.DENSITY, 6.0, 2.0)
@@ -160,7 +165,7 @@ def read_right(network: Classifier, of: Bank, scenes: list[Scene]) -> dict[str, 
 
 
 def solids_world(out: Path, lengths: Lengths) -> None:
-    """Train everything, write OUT/reward.safetensors and OUT/judge.safetensors, and say how well each reads views it never saw."""
+    """Train everything, write the networks, and say how well each classifier reads views it never saw."""
     folder, console = out / ".train", Console(soft_wrap=True, highlight=False)
     checked = bank(folder / "pictures", max(2, lengths.views // 4), CHECKING, DENSITIES[:1])
     for name, updates in (("reward", lengths.reward), ("judge", lengths.judge)):
@@ -170,3 +175,5 @@ def solids_world(out: Path, lengths: Lengths) -> None:
             right = read_right(network, checked, solids.scenes(held_out=held_out))
             said = ", ".join(f"{head} {share:.1%}" for head, share in right.items())
             console.print(f"{name} reads {'held-out' if held_out else 'trained'} solids: {said}")
+    pictures = solids_library.library(azimuths=lengths.sides, folder=folder / "pictures")
+    solids_model(out, pictures, {n: getattr(lengths, n) for n in ("denoiser", "encoder", "adapter")})
