@@ -188,10 +188,10 @@ def _sheet(model: Any, library: Library) -> Image:
 
     asked = [
         Scene((replace(s.solids[0], size=None),), "front")
-        for s in library.scenes[:: max(1, len(library.scenes) // 6)][:6]
+        for s in library.scenes[:: max(1, len(library.scenes) // 4)][:4]
     ]
     nothing = lambda images, batch: images.new_zeros(len(images))
-    how = {"steps": 25, "guidance": 3.0, "seed": 0}
+    how = {"steps": 10, "guidance": 3.0, "seed": 0}
     words = evaluate(model, nothing, [s.prompt for s in asked], **how).images
     v = library[[0] * len(asked)].over([1.0, 1.0, 1.0])
     bare = [Scene((replace(s.solids[0], colour=None),), "front").prompt for s in asked]
