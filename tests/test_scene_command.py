@@ -133,6 +133,7 @@ def test_a_scene_that_collapses_is_said_so(model, tmp_path):
         ({"reward": ["jpeg-bytes"]}, "--noises 4"),
         ({"reward": ["none"], "noises": 4}, "weigh 4 noises"),
         ({"distillation": "isd", "candidates": 0}, "isd compares with a visual prompt"),
+        ({"reference": "nothere.png"}, r"nothere\.png"),
     ],
 )
 def test_what_cannot_be_asked(model, tmp_path, more, says):
@@ -147,6 +148,7 @@ def test_what_cannot_be_asked(model, tmp_path, more, says):
         (["a red teapot"], "Its words are a, small"),
         (["a red cube left of a blue solid"], "name two different shapes"),
         (["a red cube", "--adapter", "somewhere"], "no image adapter"),
+        (["a cube", "--model", "shapes", "--reward", "none"], "--candidates 0"),
     ],
 )
 def test_what_the_command_line_refuses(monkeypatch, tmp_path, capsys, words, says):

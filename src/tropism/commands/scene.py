@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -132,6 +132,7 @@ def scene(
     check(settings)
     place, precision = set_up(device, dtype, threads)
     loaded = _model(model, prompt, adapter, distillation, place, precision)
+    _check_sees(loaded, settings)
     of_solids = isinstance(loaded, solids_oracle.OracleModel)
     terms = _terms(settings, of_solids)
     settings |= {"guidance": getattr(loaded, "guidance", 7.5) if guidance is None else guidance}
@@ -182,6 +183,17 @@ def check(settings: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------- what it needs
 
 
+def _check_sees(model: Model, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a reference that cannot be read, and for a model that reads no picture where it shall follow one."""
+    if settings["reference"] is None and settings["candidates"] == 0:
+        return
+    v = torch.ones(3, 8, 8) if settings["reference"] is None else read_prompt(settings["reference"], (8, 8)).picture
+    try:
+        model.encode(replace(prompt_batch(settings["prompt"], 1), visual=v[None], visual_scale=torch.ones(1)))
+    except UserError as error:
+        raise UserError(f"{error} Give it as --adapter; or do without a picture: --candidates 0.") from error
+
+
 def _model(
     model: str | Model, prompt: str, adapter: str | Path | None, method: str, device: torch.device, dtype: torch.dtype
 ) -> Model:
@@ -189,9 +201,9 @@ def _model(
         if adapter or method == "vsd":
             what = "no image adapter" if adapter else "no score network of its own to train (vsd)"
             raise UserError(f"{EXACT} is exact: it has {what}. Leave that out, or give another --model.")
-        Console(soft_wrap=True, highlight=False).print(
-            "Drawing the pictures that the exact denoiser knows; kept for the next time."
-        )
+        if not any(solids_oracle.kept_in().glob("solids-*")):
+            say = Console(soft_wrap=True, highlight=False).print
+            say(f"Drawing the pictures that the exact denoiser knows; kept in {solids_oracle.kept_in()}.")
         return cast(Model, solids_oracle.exact(prompt, dtype=dtype, device=device))
     if not isinstance(model, str):
         return model
