@@ -1,6 +1,6 @@
-"""Does a visual prompt with rewards make better scenes than score distillation alone? Nine arms on the `solids` world, its exact denoiser.
+"""Does a visual prompt with rewards make better scenes than score distillation alone? Nine arms on the `solids` world.
 
-    python recipes/vp3d.py --out runs/vp3d        about 2 hours on one core; finished runs are kept, --part 0/2 and 1/2 share them out
+    python recipes/vp3d.py --out runs/vp3d        about 3 hours on one core; finished runs are kept, --part 0/2 and 1/2 share them out
 
 Twelve prompts, six that say shape and colour and six that leave one open, each on five seeds. All arms of a prompt and seed share the
 start, cameras and noise, and are measured against the same v: the best of eight pictures that the model itself drew of the prompt, by the
@@ -14,7 +14,10 @@ classifier. Arms:
     full        all three                                      full-X      full without X
 
 The judge is a classifier of another build that rewards nothing. OUT/table.csv has every arm's means; OUT/gaps.csv the differences of full
-to the others, paired by prompt and seed, with 95 % bootstrap intervals. --sweep writes OUT/sweep.csv: guidance and rate for sds and full.
+to the others, paired by prompt and seed, with 95 % bootstrap intervals, of pairs
+and, since the seeds of a prompt are alike, of whole prompts. --sweep writes OUT/sweep.csv: guidance and rate for sds and full.
+The diffusion model is the exact denoiser. --model FOLDER --adapter FOLDER takes a network that `tropism pretrain solids` trained: four
+arms on four prompts and two seeds, to OUT/trained-table.csv and OUT/trained-gaps.csv.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tropism.models.load import load_model
 from tropism.rewards.load import load_reward
-from tropism.run.sculpt import drawn_prompt
+from tropism.run.sculpt import Visual, drawn_prompt
 from tropism.scene.field import VoxelField
-from tropism.scene.measures import measured
+from tropism.scene.measures import border, measured
 from tropism.scene.vp3d import Asked, Stage
 from tropism.space.volume import render
 from tropism.worlds import solids_features
@@ -47,6 +51,9 @@ PROMPTS = (
     *("a cube", "a cone", "a torus", "a cylinder", "a green solid", "a purple solid"),
 )
 OPEN = PROMPTS[6:]
+SOME = (PROMPTS[0], PROMPTS[2], OPEN[1], OPEN[4])
+"""For the trained network: two that say all and two that leave one open."""
+EXACT = "solids-exact"
 WITH = {
     "sds": (),
     "visual": ("visual",),
@@ -65,6 +72,8 @@ WITH = {
 UPDATES, LONGER = 160, 240
 HOW: dict[str, Any] = {"guidance": 7.5, "samples": 32, "smoothness": 3.0}
 LR, BETAS = 0.06, (0.9, 0.99)
+TRAINED = ("sds", "caption", "photometric", "full")
+"""The arms of the trained network."""
 PHOTOMETRIC = 0.3
 """The share that the fit to v has of the distillation's gradient at the grid."""
 MEASURES = (
@@ -78,27 +87,33 @@ MEASURES = (
     "ssim",
     "iou",
 )
-MEASURES += ("janus", "colour_spread", "floaters", "text", "seconds", "rows")
+MEASURES += ("janus", "colour_spread", "floaters", "text", "chamfer", "consistency", "seconds", "rows")
 
 
 # ---------------------------------------------------------------------------------------------------- a run
 
 
 class World:
-    """The exact denoiser, the two rewards and the judge."""
+    """A diffusion model, the library of pictures that it should know, the two rewards and the judge."""
 
-    def __init__(self):
-        self.model = exact("a cube")
+    def __init__(self, name: str, adapter: str | None):
+        known, self.name = exact("a cube"), name
+        self.library = known.library
+        self.model: Any = known if name == EXACT else load_model(name, lora=None, visual=adapter)
         self.reward, self.consistency = load_reward("solids-text"), load_reward("solids-visual")
         self.judge = solids_features.classifier("judge")
 
+    def drawn(self, prompt: str, seed: int) -> Visual:
+        """Eight pictures that the model draws of a prompt, and the best of them by the text reward."""
+        how = {"count": 8, "steps": 20, "guidance": 7.5, "seed": seed, "negative": ""}
+        return drawn_prompt(self.model, prompt, self.reward, **how)
+
     def visual(self, prompt: str, seed: int) -> tuple[torch.Tensor, Scene, int]:
         """v, the solid that it shows, and which of the library's pictures it is."""
-        how = {"count": 8, "steps": 20, "guidance": 7.5, "seed": seed, "negative": ""}
-        v = drawn_prompt(self.model, prompt, self.reward, **how).picture
-        library = self.model.library
-        at = int((library.over((1.0, 1.0, 1.0)) - v).square().flatten(1).sum(1).argmin())
-        return v, library.scenes[int(library.which[at])], at
+        v = self.drawn(prompt, seed).picture
+        near = self.library.over(border(v)) - v  # on v's own background: a network draws on any colour
+        at = int(near.square().flatten(1).sum(1).argmin())
+        return v, self.library.scenes[int(self.library.which[at])], at
 
     def caption(self, v: torch.Tensor) -> str:
         """What the rewarding classifier calls it."""
@@ -127,10 +142,10 @@ def made(world: World, arm: str, prompt: str, seed: int, lr: float = LR, **how: 
         optimiser.zero_grad()
         loss.backward()
         if "photometric" in uses:
-            _towards(field, v, world.model.library.cameras[[at]])
+            _towards(field, v, world.library.cameras[[at]])
         optimiser.step()
     spent = {"seconds": time.process_time() - began, "rows": world.model.calls["network"] - before}
-    found = measured(field, target, truth=target, judge=world.judge)
+    found = measured(field, target, truth=target, judge=world.judge, visual=v)
     text = measured(field, parse(prompt), judge=world.judge)
     return {**found, "text": text["log_prob"], **spent, "target": target.prompt}
 
@@ -144,7 +159,8 @@ def _towards(field: VoxelField, v: torch.Tensor, camera: Any) -> None:
 
 
 def kept(world: World, out: Path, arm: str, prompt: str, seed: int, name: str = "", **how: Any) -> dict[str, Any]:
-    file = out / "runs" / f"{name or arm}-{prompt.replace(' ', '_')}-{seed}.json"
+    folder = out / ("runs" if world.name == EXACT else "trained")
+    file = folder / f"{name or arm}-{prompt.replace(' ', '_')}-{seed}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(made(world, arm, prompt, seed, **how)))
@@ -155,6 +171,23 @@ def kept(world: World, out: Path, arm: str, prompt: str, seed: int, name: str = 
 # ---------------------------------------------------------------------------------------------------- tables
 
 
+def average(values: list[float]) -> float:
+    known = [v for v in values if np.isfinite(v)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def interval(apart: list[list[float]]) -> dict[str, Any]:
+    """The mean of paired differences, listed by prompt, and 95 % bootstrap intervals: of pairs drawn anew, and of whole prompts."""
+    every, rng = np.concatenate(apart), np.random.default_rng(0)
+    pairs = every[rng.integers(len(every), size=(4000, len(every)))].mean(1)
+    sums, counts = np.array([sum(a) for a in apart]), np.array([len(a) for a in apart])
+    chosen = rng.integers(len(apart), size=(4000, len(apart)))
+    found = {"gap": every.mean()}
+    for name, drawn in (("", pairs), (" by prompt", sums[chosen].sum(1) / counts[chosen].sum(1))):
+        found |= dict(zip((f"low{name}", f"high{name}"), np.percentile(drawn, [2.5, 97.5]), strict=True))
+    return {name: f"{value:.4f}" for name, value in found.items()} | {"pairs": len(every)}
+
+
 def tables(
     found: dict[tuple[str, str, int], dict[str, Any]], arms: list[str]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -163,18 +196,21 @@ def tables(
     for which, prompts in (("all", PROMPTS), ("open", OPEN)):
         for arm in arms:
             own = {(p, s): r for (a, p, s), r in found.items() if a == arm and p in prompts}
-            mean = {m: f"{np.nanmean([r[m] for r in own.values()]):.4f}" for m in MEASURES}
+            mean = {m: f"{average([r.get(m, np.nan) for r in own.values()]):.4f}" for m in MEASURES}
             rows.append({"prompts": which, "arm": arm, "runs": len(own), **mean})
             if arm in ("full", "stylised"):
                 continue
             full = {key: found["full", *key] for key in own if ("full", *key) in found}
-            for measure in MEASURES[:12]:
-                apart = np.array([r[measure] - own[key][measure] for key, r in full.items()])
-                apart = apart[np.isfinite(apart)]
-                drawn = apart[np.random.default_rng(0).integers(len(apart), size=(4000, len(apart)))].mean(1)
-                low, high = np.percentile(drawn, [2.5, 97.5])
-                gaps.append({"prompts": which, "full minus": arm, "measure": measure, "gap": f"{apart.mean():.4f}",
-                             "low": f"{low:.4f}", "high": f"{high:.4f}", "pairs": len(apart)})  # fmt: skip
+            for measure in MEASURES[:-2]:
+                apart: dict[str, list[float]] = {}
+                for key, r in full.items():
+                    value = r.get(measure, np.nan) - own[key].get(measure, np.nan)
+                    if np.isfinite(value):
+                        apart.setdefault(key[0], []).append(value)
+                if apart:
+                    gaps.append(
+                        {"prompts": which, "full minus": arm, "measure": measure, **interval(list(apart.values()))}
+                    )
     yield "table", rows
     yield "gaps", gaps
 
@@ -201,6 +237,23 @@ def sweep(world: World, out: Path) -> None:
     write(out, "sweep", rows)
 
 
+def selection(world: World, prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What choosing v by the reward brings: the first of the eight pictures beside the best, by reward and by the judge."""
+    rows = []
+    for prompt in prompts:
+        said = parse(prompt).solids[0].said
+        for seed in seeds:
+            drawn = world.drawn(prompt, seed)
+            read = world.judge.log_probs(drawn.candidates)
+            right = torch.stack([read[h].argmax(1) == HEADS[h].index(v) for h, v in said.items()]).all(0)
+            best = int(drawn.rewards.argmax())
+            row: dict[str, Any] = {"prompt": prompt, "seed": seed}
+            for name, at in (("first", 0), ("best", best)):
+                row |= {f"{name}/reward": f"{float(drawn.rewards[at]):.4f}", f"{name}/right": int(right[at])}
+            rows.append(row | {"right of 8": int(right.sum())})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/vp3d"))
@@ -208,18 +261,26 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--part", default="0/1", help="such as 0/2: the first of two shares of the runs")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--selection", action="store_true", help="only what choosing v brings: OUT/selection.csv")
+    parser.add_argument("--model", default=EXACT)
+    parser.add_argument("--adapter")
     run = parser.parse_args()
     torch.set_num_threads(1)
-    world, seeds = World(), [int(s) for s in run.seeds.split(",")]
+    world, seeds, prompts, prefix = World(run.model, run.adapter), [int(s) for s in run.seeds.split(",")], PROMPTS, ""
     if run.sweep:
         return sweep(world, run.out)
+    if run.model != EXACT:
+        seeds, prompts, prefix = seeds[:2], SOME, "trained-"
+        run.arms = [arm for arm in TRAINED if arm in run.arms]
+    if run.selection:
+        return write(run.out, f"{prefix}selection", selection(world, PROMPTS, [int(s) for s in run.seeds.split(",")]))
     part, parts = map(int, run.part.split("/"))
-    every = [(arm, prompt, seed) for seed in seeds for prompt in PROMPTS for arm in run.arms]
+    every = [(arm, prompt, seed) for seed in seeds for prompt in prompts for arm in run.arms]
     found = {key: kept(world, run.out, *key) for i, key in enumerate(every) if i % parts == part}
     if parts == 1:
         for name, rows in tables(found, run.arms):
-            write(run.out, name, rows)
-            print((run.out / f"{name}.csv").read_text())
+            write(run.out, prefix + name, rows)
+            print((run.out / f"{prefix}{name}.csv").read_text())
 
 
 if __name__ == "__main__":

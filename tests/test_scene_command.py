@@ -1,5 +1,6 @@
 """`tropism scene`: an object from text on a tiny exact denoiser, what it leaves, how it goes on, and what it refuses."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import trimesh
 from command_line import called
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_visual import tiny_adapter, tiny_text_pixel
 
 from tropism.commands import scene
+from tropism.commands.scene import _of_solids
 from tropism.core import UserError
+from tropism.models.load import load_model
 from tropism.run import scene_products
+from tropism.run.scene_request import terms_of
+from tropism.scene.gaussians import GaussianField, read_ply
 from tropism.scene.vp3d import Stage
 from tropism.worlds.solids import scenes
 from tropism.worlds.solids_library import library
@@ -29,10 +35,28 @@ def model():
     return OracleModel(library(known, azimuths=4, elevations=(0.0, 45.0, 70.0), size=12))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+def shortened(monkeypatch):
     for name, value in {"FRAMES": 4, "SIZE": 16, "LARGER": 16, "FINE_MESH": 24}.items():
         monkeypatch.setattr(scene_products, name, value)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shortened(monkeypatch)
+
+
+def killed_after(updates, monkeypatch):
+    """Break off every later update; the updates that are left, as the one item of a list."""
+    step, left = Stage.__call__, [updates]
+
+    def killed(self, *args, **named):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(Stage, "__call__", killed)
+    return left
 
 
 def redness(images, batch):
@@ -67,24 +91,31 @@ def test_what_a_scene_leaves(model, tmp_path):
     assert [r["update"] for r in rows] == list(range(7)) and all("held_out/redness" in r for r in (rows[0], rows[-1]))
 
 
+def test_what_the_words_can_mean_is_the_truth(model, tmp_path):
+    """ "a red cube" is one scene here, and is measured against; "a cube" could be two."""
+    run = scene(
+        "a red cube",
+        out=tmp_path,
+        model=model,
+        **{**SHORT, "reward": ["none"], "consistency": "none", "watch": [redness], "fine": "none"},
+    )
+    assert 0 < run.numbers["truth/iou"] <= 1 and run.numbers["truth/chamfer"] > 0 and "judge/accuracy" in run.numbers
+    settings = {"model": model, "prompt": "a cube", "watch": [], "reference": None}
+    assert not any(name.startswith("truth") for name in _of_solids(run.field, model, settings))
+    assert any(name.startswith("truth") for name in _of_solids(run.field, model, settings | {"prompt": "a blue cube"}))
+
+
 def test_a_killed_scene_goes_on_to_the_bit(model, tmp_path, monkeypatch):
     """Killed in the coarse stage, and again in the fine one."""
     whole = made(model, tmp_path / "whole").field.state_dict()
-    step, left = Stage.__call__, [3]
-
-    def killed(self, *args, **named):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return step(self, *args, **named)
-
-    monkeypatch.setattr(Stage, "__call__", killed)
+    left = killed_after(3, monkeypatch)
     for resume, more in ((False, 4), (True, 0)):
         with pytest.raises(KeyboardInterrupt):
             made(model, tmp_path / "parts", resume=resume)
         left[0] = more
     assert (tmp_path / "parts" / "fine").exists()
-    monkeypatch.setattr(Stage, "__call__", step)
+    monkeypatch.undo()
+    shortened(monkeypatch)
     again = made(model, tmp_path / "parts", resume=True).field.state_dict()
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
@@ -94,7 +125,7 @@ def test_a_resumed_scene_keeps_its_settings(model, tmp_path):
     with pytest.raises(UserError, match=r"begun with resolution 10, now 12"):
         made(model, tmp_path, fine="none", resolution=12, resume=True)
     (tmp_path / "mesh.glb").unlink()
-    made(model, tmp_path, fine="none", resume=True)
+    made(model, tmp_path, fine="none", resume=True, checkpoint_every=2)
     assert (tmp_path / "mesh.glb").exists()
 
 
@@ -108,6 +139,11 @@ def test_a_reference_gives_the_looks(model, tmp_path):
     assert kept.shape == (3, 12, 12) and torch.allclose(kept[:, 0], torch.ones(3, 12), atol=1e-3)
     assert kept[2, 6, 6] - kept[0, 6, 6] > 0.5
     assert "gives the looks" in (run.out / "report.html").read_text()
+    (tmp_path / "photo.png").unlink()  # what was made of it is kept
+    made(model, tmp_path / "out", reference=tmp_path / "photo.png", reward=["none"], fine="none", resume=True)
+    Image.new("RGBA", (9, 9), (3, 4, 5, 0)).save(tmp_path / "blank.png")
+    with pytest.raises(UserError, match="of one colour"):
+        made(model, tmp_path / "blank", reference=tmp_path / "blank.png")
 
 
 def test_a_reward_without_a_gradient_weighs_the_noise(model, tmp_path):
@@ -116,6 +152,114 @@ def test_a_reward_without_a_gradient_weighs_the_noise(model, tmp_path):
     run = made(model, tmp_path, reward=[blind], consistency="none", noises=3, fine="none")
     rows = [json.loads(row) for row in (tmp_path / "coarse" / "metrics.jsonl").read_text().splitlines()]
     assert "blind" in run.numbers and all(r["blind"] is not None for r in rows[1:])
+
+
+def test_gaussians_as_the_fine_stage(model, tmp_path):
+    """Their file opens again as what was trained, a killed stage goes on, and the mesh is of them."""
+    run = made(model, tmp_path, fine="gaussian", gaussians=24)
+    assert isinstance(run.field, GaussianField) and len(run.field) == 24 and run.mesh.volume() > 0
+    again = read_ply(tmp_path / "scene.ply")
+    assert torch.equal(again.means, run.field.means) and torch.equal(again.dc, run.field.dc)
+    assert 'href="scene.ply"' in (tmp_path / "report.html").read_text()
+    rows = [json.loads(row) for row in (tmp_path / "fine" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["update"] == 3
+    (tmp_path / "fine" / "checkpoints" / "step-000003" / "COMPLETE").unlink()
+    resumed = made(model, tmp_path, fine="gaussian", gaussians=24, resume=True).field.state_dict()
+    assert all(torch.equal(v, resumed[n]) for n, v in run.field.state_dict().items())
+
+
+OTHER = {
+    "fine": "voxel",
+    "gaussians": 3,
+    "distillation": "csd",
+    "weight": "uniform",
+    "anneal": "constant",
+    "schedule": "linear",
+}
+OTHER |= {
+    "pixels": 5,
+    "noises": 2,
+    "eikonal": 0.5,
+    "smoothness": 9.0,
+    "rho": 5.0,
+    "rho_visual": 3.0,
+    "hinge": 0.1,
+    "start": 0.9,
+}
+OTHER |= {
+    "temperature": 3.0,
+    "fine_lr": 0.5,
+    "guidance": 1.0,
+    "samples": 9,
+    "opacity": 1.0,
+    "decided": 1.0,
+    "dtype": "float64",
+}
+OTHER |= {
+    "strength": 0.1,
+    "views": 3,
+    "negative": "a blue solid",
+    "updates": 7,
+    "fine_updates": 9,
+    "seed": 5,
+    "steps": 3,
+}
+
+
+def test_every_setting_that_counts_is_kept(model, tmp_path):
+    made(model, tmp_path, fine="none", updates=1)
+    for name, value in OTHER.items():
+        with pytest.raises(UserError, match=rf"begun with {name} "):
+            made(model, tmp_path, **{"fine": "none", "updates": 1, name: value}, resume=True)
+    free = {"out", "checkpoint_every", "watch", "device", "threads", "resume", "overwrite", "command"}
+    named = {
+        "model",
+        "adapter",
+        "reference",
+        "reward",
+        "consistency",
+        "candidates",
+        "lr",
+        "resolution",
+        "fine_resolution",
+        "prompt",
+    }
+    assert set(inspect.signature(scene).parameters) == free | named | set(OTHER)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A pipeline of diffusers' classes with random weights, and its image adapter."""
+    folder = tiny_text_pixel(tmp_path_factory.mktemp("pixel"))
+    return str(folder), str(tiny_adapter(tmp_path_factory.mktemp("adapter"), load_model(folder, lora=None).network))
+
+
+def test_a_folder_of_diffusers_with_an_adapter(pipeline, tmp_path, monkeypatch):
+    """Through the same loader as every other command; its score network (vsd) learns beside the scene, and a killed run goes on."""
+    folder, adapter = pipeline
+    more = {
+        "adapter": adapter,
+        "distillation": "vsd",
+        "fine": "none",
+        "reward": [redness],
+        "guidance": 3.0,
+        "updates": 4,
+    }
+    whole = made(folder, tmp_path / "whole", **more)
+    kept = load_file(tmp_path / "whole" / "visual.safetensors")
+    assert kept["picture"].shape == (3, 16, 16) and len(kept["candidates"]) == 3
+    last = load_file(max((tmp_path / "whole" / "coarse").rglob("weights.safetensors")))
+    up = {n: v for n, v in last.items() if "lora_B" in n}
+    assert up and all(v.abs().max() > 0 for v in up.values())
+    without = made(folder, tmp_path / "without", **{**more, "adapter": None, "candidates": 0, "consistency": "none"})
+    assert not torch.equal(whole.field.grid, without.field.grid) and not (without.out / "visual_prompt.png").exists()
+    killed_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        made(folder, tmp_path / "parts", **more)
+    monkeypatch.undo()
+    shortened(monkeypatch)
+    again = made(folder, tmp_path / "parts", resume=True, **more)
+    assert torch.equal(again.field.grid, whole.field.grid)
 
 
 def test_a_scene_that_collapses_is_said_so(model, tmp_path):
@@ -130,10 +274,15 @@ def test_a_scene_that_collapses_is_said_so(model, tmp_path):
         ({"distillation": "dreamfusion"}, "dreamfusion"),
         ({"updates": 0}, "updates"),
         ({"resolution": 1}, "at least 2 nodes"),
+        ({"fine": "gaussian", "gaussians": 0}, "gaussians"),
         ({"start": 1.0}, "share of the run"),
         ({"rho": -1.0}, "rho"),
         ({"reward": ["jpeg-bytes"]}, "--noises 4"),
         ({"reward": ["none"], "noises": 4}, "weigh 4 noises"),
+        ({"noises": 2, "distillation": "perp-neg"}, "view words, not noises"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"schedule": "step"}, "step"),
+        ({"negative": "ugly"}, "ugly"),
         ({"distillation": "isd", "candidates": 0}, "isd compares with a visual prompt"),
         ({"reference": "nothere.png"}, r"nothere\.png"),
     ],
@@ -143,6 +292,20 @@ def test_what_cannot_be_asked(model, tmp_path, more, says):
         made(model, tmp_path / "out", **more)
 
 
+def test_two_solids_have_no_reward_of_their_own():
+    asked = {
+        "prompt": "a red cube left of a blue sphere",
+        "reward": [],
+        "consistency": None,
+        "watch": [],
+        "candidates": 8,
+        "reference": None,
+    }
+    assert terms_of({**asked, "noises": 0}, True) == {"reward": None, "consistency": None, "watch": []}
+    with pytest.raises(UserError, match="no reward to weigh 2 noises"):
+        terms_of({**asked, "noises": 2}, True)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -150,6 +313,8 @@ def test_what_cannot_be_asked(model, tmp_path, more, says):
         (["a red teapot"], "Its words are a, small"),
         (["a red cube left of a blue solid"], "name two different shapes"),
         (["a red cube", "--adapter", "somewhere"], "no image adapter"),
+        (["a red cube, back view"], "names a view, back"),
+        (["a red cube", "--model", "solid-exact"], "'solids-exact'"),
         (["a cube", "--model", "shapes", "--reward", "none"], "--candidates 0"),
     ],
 )

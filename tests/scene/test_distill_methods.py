@@ -171,7 +171,7 @@ def test_words_of_a_camera():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_perp_neg_by_its_equation(prediction):
     model, at, _, t = setting(prediction)
-    cond, seen = model.encode(Batch(asked("cube", VIEWS))), cameras([30.0, 150.0])
+    cond, seen = model.encode(Batch(asked("cube", VIEWS) * 2)), cameras([30.0, 150.0])
     base, hat = perp_neg(model, at, cond, 7.5, cameras=seen)
     assert torch.equal(base, at.x0)
     alpha, sigma = model.process.alpha(t), model.process.sigma(t)
@@ -201,9 +201,9 @@ def test_perp_neg_by_its_equation(prediction):
 def test_perp_neg_without_a_choice_is_plain_guidance():
     model, at, _, _ = setting()
     words = asked("cube", VIEWS)
-    hat = perp_neg(model, at, model.encode(Batch(words)), 7.5, cameras=cameras([0.0, 10.0], [75.0, 80.0]))[1]
+    hat = perp_neg(model, at, model.encode(Batch(words * 2)), 7.5, cameras=cameras([0.0, 10.0], [75.0, 80.0]))[1]
     close(hat, sds(model, at, model.encode(Batch([words[3]] * 2)), 7.5)[1])
-    same = model.encode(Batch(["cube"] * 4))  # every view is told the same: no negative is left of it
+    same = model.encode(Batch(["cube"] * 8))  # every view is told the same: no negative is left of it
     hat = perp_neg(model, at, same, 7.5, cameras=cameras([30.0, 150.0]))[1]
     close(hat, sds(model, at, same[[0, 0]], 7.5)[1])
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tropism.scene import measures
-from tropism.worlds import solids, solids_library
+from tropism.space.cameras import cameras
+from tropism.worlds import solids, solids_features, solids_library
 from tropism.worlds.solids import Scene, Solid, parse
 from tropism.worlds.solids_features import HEADS
+from tropism.worlds.solids_library import averaged
 
 CUBE = parse("a large red cube")
 
@@ -68,9 +70,10 @@ def test_the_truth_measures_as_the_truth(reader):
     assert (found["floaters"], found["janus"]) == (0, 0) and found["psnr"] == found["psnr/foreground"] == math.inf
     assert found["colour_spread"] < 0.06  # light from above: the top is brighter
     assert 1 < found["threshold"] < 5  # all of .02 to 200 would do: the middle
-    assert found["log_prob/worst"] > -0.01
+    assert found["log_prob/worst"] > -0.01 and found["chamfer"] < 0.03
     assert set(found) == {
         *perfect,
+        "chamfer",
         "floaters",
         "janus",
         "psnr",
@@ -147,6 +150,30 @@ def test_other_colours_and_other_shapes_are_told_apart(reader):
     )
     of = lambda field: measures.colour_spread(measures.seen(field))
     assert of(half) > 0.3 > 5 * measures.colour_spread(measures.seen_truth(CUBE))
+
+
+def test_a_surface_that_moved_is_that_far_away():
+    """A ball of radius .4 and one of .5, about one centre: .1 apart everywhere, beside what a grid of hard edges costs."""
+    ball = lambda radius: lambda p: (100.0 * (p.norm(dim=1) < radius), torch.zeros(len(p), 3))
+    truth = parse("a large red sphere")
+    radius = next(
+        r / 100 for r in range(20, 90) if not solids.field(truth)(torch.tensor([[0.0, 0.0, r / 100]]))[0].any()
+    )
+    same, moved = (measures.surfaces(ball(radius + by), 50.0, truth) for by in (0.0, 0.1))
+    assert same < 0.03 and moved == pytest.approx(0.1, abs=0.015)
+    assert math.isnan(measures.surfaces(ball(0.0), 50.0, truth))
+
+
+def test_a_front_view_is_as_near_to_the_prompt_as_it_looks():
+    """By the features of the shipped judge: its own picture is nearer than another solid's, whatever the prompt's background."""
+    judge, other = solids_features.classifier("judge"), parse("a large blue torus")
+    place = cameras([0.0], 15.0)
+    for background in ((1.0, 1.0, 1.0), (0.2, 0.5, 0.9)):
+        light, opacity = averaged(solids.field(CUBE), place, 32)
+        v = (light + (1 - opacity) * torch.tensor(background)[:, None, None])[0]
+        assert torch.allclose(measures.border(v), torch.tensor(background), atol=1e-4)
+        right, wrong = (measures.prompt_consistency(solids.field(s), v, judge) for s in (CUBE, other))
+        assert right == pytest.approx(1, abs=1e-4) and wrong < right - 0.003
 
 
 def test_psnr_where_the_truth_is():

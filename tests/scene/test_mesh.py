@@ -142,6 +142,9 @@ def test_floaters_are_counted_and_can_be_left_out():
     field = both(ball(0.5, 50.0, (-0.3, 0, 0)), ball(0.2, 50.0, (0.7, 0.5, 0.5)))
     density = density_on(field, 48)
     assert floaters(density, 25.0) == pytest.approx(0.008 / (0.125 + 0.008), rel=0.1)
+    assert (
+        floaters(density, 25.0, parts=2) == floaters(density, 25.0, parts=3) == 0
+    )  # two objects were asked for, or more than there are
     assert floaters(density_on(ball(), 24), 100.0) == 0 and floaters(torch.zeros(4, 4, 4), 1.0) == 0
     two, one = mesh_of(field, 40, level=25.0), mesh_of(field, 40, level=25.0, largest=True)
     assert solid(two).euler_number == 4 and solid(one).euler_number == 2 and solid(one).is_watertight

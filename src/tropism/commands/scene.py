@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import yaml
-from rich.console import Console
 
 from tropism.core import Model, Reward, UserError, name_of
-from tropism.models.load import load_model
-from tropism.models.lora import LoraSettings
-from tropism.rewards.load import check_prompts, require_gradient
 from tropism.run.checks import at_least_one, finite_numbers, known, not_negative, set_up
+from tropism.run.optimiser import schedule_of
 from tropism.run.record import Recorder
-from tropism.run.request import as_plain, read_reward, spelled
-from tropism.run.scene_products import Made, write
-from tropism.run.sculpt import FINE, VIEWS, Plan, Visual, drawn_prompt, kept_prompt, looked_at, read_prompt, sculpted
+from tropism.run.request import as_plain, spelled
+from tropism.run.scene_products import Made, protocol, write
+from tropism.run.scene_request import EXACT, NONE, check_sees, model_of, of_solids, terms_of
+from tropism.run.sculpt import (
+    FINE,
+    Plan,
+    Sculpture,
+    Visual,
+    drawn_prompt,
+    kept_prompt,
+    looked_at,
+    read_prompt,
+    sculpted,
+)
 from tropism.scene.distill import WEIGHTS, size_of
-from tropism.scene.field import SurfaceField, VoxelField
+from tropism.scene.gaussians import GaussianField
 from tropism.scene.measures import measured
 from tropism.scene.mesh import Mesh
 from tropism.scene.times import ANNEALS
 from tropism.scene.vp3d import METHODS, Asked, prompt_batch
-from tropism.worlds import solids, solids_features, solids_oracle
+from tropism.worlds import solids, solids_features
 
-EXACT = "solids-exact"
-OWN: dict[str, Any] = {"reward": ["solids-text"], "consistency": "solids-visual", "watch": ["solids-judge"]}
-"""Of the solids world, where nothing is said."""
-NONE = "none"
-FIXED = ("prompt", "model", "adapter", "reference", "resolution", "fine_resolution", "fine", "updates", "fine_updates")
-FIXED += (
-    "distillation",
-    "seed",
-    "reward",
-    "consistency",
-    "candidates",
-    "strength",
-    "views",
-    "lr",
-    "guidance",
-    "negative",
-)
-"""Settings that a resumed scene must have in common with its beginning."""
+FREE = ("out", "checkpoint_every", "watch", "device", "threads")
+"""Settings that a resumed scene need not have in common with its beginning."""
+VISUAL = "visual.safetensors"
 OF_VP3D = ("weight", "anneal", "rho", "rho_visual", "hinge", "start", "samples", "pixels")
 OF_VP3D += ("noises", "temperature", "smoothness", "opacity", "decided")
 
@@ -56,7 +48,7 @@ class SceneRun:
     """A finished scene: its folder, the field, its mesh, and what was measured."""
 
     out: Path
-    field: VoxelField | SurfaceField
+    field: Sculpture
     mesh: Mesh
     numbers: dict[str, float]
 
@@ -80,6 +72,7 @@ def scene(
     resolution: int = 32,
     fine_resolution: int = 48,
     fine: str = "surface",
+    gaussians: int = 512,
     lr: float = 0.06,
     fine_lr: float = 0.02,
     schedule: str = "constant",
@@ -119,22 +112,23 @@ def scene(
     measure only. negative: what it must not look like. distillation: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which
     the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a quarter of it.
     updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine: surface (a signed
-    distance), voxel or none. lr: of Adam in the coarse stage. fine_lr: in the fine one. views: pictures an update. samples: points
-    along a ray. pixels: side of a render, default the model's own. guidance: of the distillation, default the model's own. steps: of
-    drawing the picture. weight: w(t), one of sds, uniform, fantasia3d. anneal: of the times, one of constant, linear, square-root.
-    rho: the reward's share of the distillation's gradient. rho_visual: the same of consistency. hinge: a view worth that much is
-    content. start: share of the run before rewards count. smoothness: weight of total variation. opacity: weight of sparsity.
-    decided: weight against half-transparency. eikonal: weight of a distance's slope, of a surface.
+    distance), gaussian (so many `gaussians`; also writes scene.ply), voxel or none. lr: of Adam in the coarse stage. fine_lr: in the fine
+    one. views: pictures an update. samples: points along a ray. pixels: side of a render, default the model's own. guidance: of the
+    distillation, default the model's own. steps: of drawing the picture. weight: w(t), one of sds, uniform, fantasia3d. anneal: of the
+    times, one of constant, linear, square-root. rho: the reward's share of the distillation's gradient. rho_visual: the same of
+    consistency. hinge: a view worth that much is content. start: share of the run before rewards count. smoothness: weight of total
+    variation. opacity: weight of sparsity. decided: weight against half-transparency. eikonal: weight of a distance's slope, of a
+    surface.
     OUT gets turntable.gif, views.png, mesh.glb, viewer.html, visual_prompt.png, metrics.json, report.html, scene.safetensors.
     Raises UserError for anything that cannot be, for a scene that collapses to nothing, and for a resumed scene with other settings.
     """
     settings = dict(locals())
     check(settings)
     place, precision = set_up(device, dtype, threads)
-    loaded = _model(model, prompt, adapter, distillation, place, precision)
-    _check_sees(loaded, settings)
-    of_solids = isinstance(loaded, solids_oracle.OracleModel)
-    terms = _terms(settings, of_solids)
+    loaded = model_of(model, prompt, adapter, distillation, place, precision)
+    kept = Path(out) / VISUAL if resume else None
+    check_sees(loaded, settings, kept)
+    terms = terms_of(settings, of_solids(model))
     settings |= {"guidance": getattr(loaded, "guidance", 7.5) if guidance is None else guidance}
     settings |= {"reward": spelled(terms["reward"] or ()), "consistency": _name(terms["consistency"])}
     config = as_plain({**settings, "model": model if isinstance(model, str) else type(model).__name__})
@@ -156,7 +150,7 @@ def check(settings: Mapping[str, Any]) -> None:
     at_least_one(
         **{
             n: settings[n]
-            for n in ("updates", "fine_updates", "views", "samples", "pixels", "checkpoint_every", "steps")
+            for n in ("updates", "fine_updates", "views", "samples", "pixels", "checkpoint_every", "steps", "gaussians")
         }
     )
     for name in ("resolution", "fine_resolution"):
@@ -164,80 +158,36 @@ def check(settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} is {settings[name]}; a grid has at least 2 nodes a side. Try 48."
             )
-    not_negative(
-        **{
-            n: settings[n]
-            for n in ("candidates", "strength", "lr", "fine_lr", "rho", "rho_visual", "seed", "eikonal", "noises")
-        }
+    numbers = (
+        "strength",
+        "lr",
+        "fine_lr",
+        "rho",
+        "rho_visual",
+        "eikonal",
+        "temperature",
+        "smoothness",
+        "opacity",
+        "decided",
     )
-    not_negative(**{n: settings[n] for n in ("smoothness", "opacity", "decided")})
-    finite_numbers(**{n: settings[n] for n in ("strength", "lr", "rho", "rho_visual", "guidance", "hinge", "start")})
+    not_negative(**{n: settings[n] for n in (*numbers, "candidates", "seed", "noises")})
+    finite_numbers(**{n: settings[n] for n in (*numbers, "guidance", "hinge", "start")})
+    schedule_of(settings["schedule"])
     if settings["noises"] and list(settings["reward"]) == [NONE]:
         raise UserError(f"There is no reward to weigh {settings['noises']} noises by. Name one with --reward.")
+    if settings["noises"] and settings["distillation"] == "perp-neg":
+        raise UserError("perp-neg weighs view words, not noises. Take another --distillation, or leave --noises out.")
+    if settings["distillation"] == "isd" and settings["candidates"] == 0 and settings["reference"] is None:
+        raise UserError(
+            "isd compares with a visual prompt, and there is none. Leave --candidates 0 out, or give a --reference."
+        )
     for name, choices in (("fine", FINE), ("distillation", METHODS), ("weight", WEIGHTS), ("anneal", ANNEALS)):
         known(settings[name], choices, name)
     if not 0 <= settings["start"] < 1:
         raise UserError(f"--start is {settings['start']:g}; it is a share of the run, in [0, 1). Try 0.3.")
 
 
-# ---------------------------------------------------------------------------------------------------- what it needs
-
-
-def _check_sees(model: Model, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a reference that cannot be read, and for a model that reads no picture where it shall follow one."""
-    if settings["reference"] is None and settings["candidates"] == 0:
-        return
-    v = torch.ones(3, 8, 8) if settings["reference"] is None else read_prompt(settings["reference"], (8, 8)).picture
-    try:
-        model.encode(replace(prompt_batch(settings["prompt"], 1), visual=v[None], visual_scale=torch.ones(1)))
-    except UserError as error:
-        raise UserError(f"{error} Give it as --adapter; or do without a picture: --candidates 0.") from error
-
-
-def _model(
-    model: str | Model, prompt: str, adapter: str | Path | None, method: str, device: torch.device, dtype: torch.dtype
-) -> Model:
-    if model == EXACT:
-        if adapter or method == "vsd":
-            what = "no image adapter" if adapter else "no score network of its own to train (vsd)"
-            raise UserError(f"{EXACT} is exact: it has {what}. Leave that out, or give another --model.")
-        if not any(solids_oracle.kept_in().glob("solids-*")):
-            say = Console(soft_wrap=True, highlight=False).print
-            say(f"Drawing the pictures that the exact denoiser knows; kept in {solids_oracle.kept_in()}.")
-        return cast(Model, solids_oracle.exact(prompt, dtype=dtype, device=device))
-    if not isinstance(model, str):
-        return model
-    trained = LoraSettings() if method == "vsd" else None
-    return load_model(model, device=device, dtype=dtype, lora=trained, **({"visual": adapter} if adapter else {}))
-
-
-def _terms(settings: Mapping[str, Any], of_solids: bool) -> dict[str, Any]:
-    """Reward, consistency and watched rewards, read and checked; the solids world has its own where nothing is said.
-
-    One of its scenes with two solids has none: its networks read one.
-    """
-    own = OWN if of_solids and len(solids.parse(settings["prompt"]).solids) == 1 else {}
-    asked = {n: settings[n] or own.get(n, ()) for n in OWN}
-    seen = settings["candidates"] > 0 or settings["reference"] is not None
-    found: dict[str, Any] = {"reward": None, "consistency": None}
-    for name in found:
-        if asked[name] and asked[name] not in (NONE, [NONE], (NONE,)) and (seen or name == "reward"):
-            found[name] = read_reward(asked[name])
-            _follows(found[name], settings["noises"] if name == "reward" else 0)
-    found["watch"] = [read_reward(w) for w in asked["watch"] if w != NONE]
-    for reward in (found["reward"], *found["watch"]):
-        if reward is not None:
-            check_prompts(reward, [settings["prompt"]])
-    return found
-
-
-def _follows(reward: Reward, noises: int) -> None:
-    """Raises UserError for a reward without the gradient that it would be followed by."""
-    try:
-        if not noises:
-            require_gradient(reward, "a scene")
-    except UserError as error:
-        raise UserError(f"{error} Here it can weigh noises instead: --noises 4.") from error
+# ---------------------------------------------------------------------------------------------------- as it was begun
 
 
 def _name(reward: Reward | None) -> str | None:
@@ -249,8 +199,8 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         return
-    before = yaml.safe_load(file.read_text("utf-8")) or {}
-    odd = [f"{n} {before.get(n)!r}, now {config.get(n)!r}" for n in FIXED if before.get(n) != config.get(n)]
+    before, now = yaml.safe_load(file.read_text("utf-8")) or {}, yaml.safe_load(yaml.safe_dump(dict(config)))
+    odd = [f"{n} {before[n]!r}, now {now.get(n)!r}" for n in before if n not in FREE and before[n] != now.get(n)]
     if odd:
         raise UserError(
             f"This scene was begun with {'; '.join(odd)}. Resume it as it was begun, or choose another --out."
@@ -265,7 +215,7 @@ def _made(
 ) -> SceneRun:
     out, s = recorder.out, settings
     size = size_of(model, model.encode(prompt_batch(s["prompt"], 1, negative=s["negative"])))
-    visual = _visual(model, terms["reward"], settings, size, out / "visual.safetensors")
+    visual = _visual(model, terms["reward"], settings, size, out / VISUAL)
     asked = Asked(
         s["prompt"],
         negative=s["negative"],
@@ -287,6 +237,7 @@ def _made(
         s["checkpoint_every"],
         s["seed"],
         s["eikonal"],
+        s["gaussians"],
     )
     seen = {name_of(r): r for r in (terms["reward"], *terms["watch"]) if r is not None}
     watching = partial(looked_at, prompt=s["prompt"], rewards=seen, size=size, device=model.device)
@@ -306,7 +257,8 @@ def _made(
         reference=s["reference"] is not None,
         rewards=[name_of(r) for r in (terms["reward"], terms["consistency"]) if r is not None],
         numbers=numbers,
-        protocol=f"Rewards: means and the worst of {VIEWS} views around it at 15 degrees, {size[1]} x {size[0]} pixels, on white.",
+        protocol=protocol(size, of_solids(s["model"])),
+        parts=len(solids.parse(s["prompt"]).solids) if of_solids(s["model"]) else 1,
         lines=lines,
     )
     mesh = write(out, field, done)
@@ -333,9 +285,16 @@ def _visual(
     return kept_prompt(file, make)
 
 
-def _of_solids(field: VoxelField | SurfaceField, model: Model, settings: Mapping[str, Any]) -> dict[str, float]:
-    """What a judge that never rewarded says of a scene of the solids world, from 16 sides; {} of other models."""
-    if not isinstance(model, solids_oracle.OracleModel) or NONE in settings["watch"]:
+def _of_solids(field: Sculpture, model: Model, settings: Mapping[str, Any]) -> dict[str, float]:
+    """What a judge that never rewarded says of a scene of the solids world, from 16 sides, and how far it is from the one scene that the
+    prompt can mean, where it can mean but one; {} of other models.
+    """
+    if not of_solids(settings["model"]) or NONE in settings["watch"]:
         return {}
-    found = measured(field, solids.parse(settings["prompt"]), judge=solids_features.classifier("judge"))
-    return {f"judge/{n}": v for n, v in found.items() if n not in ("floaters", "threshold")}
+    solid, asked = field.baked() if isinstance(field, GaussianField) else field, solids.parse(settings["prompt"])
+    meant = [s for s in getattr(getattr(model, "library", None), "scenes", ()) if s.fits(asked)]
+    truth = meant[0] if len(meant) == 1 and settings["reference"] is None else None
+    found = measured(solid, asked, truth=truth, judge=solids_features.classifier("judge"))
+    judged = ("accuracy", "log_prob", "janus")
+    named = lambda name: f"{'judge/' if name.startswith(judged) else '' if name == 'colour_spread' else 'truth/'}{name}"
+    return {named(n): v for n, v in found.items() if n not in ("floaters", "threshold")}

@@ -31,9 +31,9 @@ class Lengths:
 
     reward: int = 5000
     judge: int = 5000
-    denoiser: int = 4000
+    denoiser: int = 20_000
     encoder: int = 1500
-    adapter: int = 1500
+    adapter: int = 2000
     views: int = 160
     sides: int = solids_library.AZIMUTHS
 

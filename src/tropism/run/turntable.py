@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tropism.core import UserError
 from tropism.run import pictures
+from tropism.scene.drawing import drawn
 from tropism.scene.mesh import write_whole
 from tropism.scene.threshold import like
 from tropism.space.cameras import ring, view
-from tropism.space.volume import Field, render
+from tropism.space.volume import Field
 
 FRAMES, SECONDS = 60, 3.6
 """Of a turn."""
@@ -43,7 +44,7 @@ def turned(
     if frames < 1:
         raise UserError(f"A turntable of {frames} frames shows nothing. Try {FRAMES}.")
     around = ring(frames, elevation).to(like(field).device)
-    one = lambda i: render(field, around[[i]], size, samples=samples).over(background)[0].clamp(0, 1).float().cpu()
+    one = lambda i: drawn(field, around[[i]], size, samples=samples).over(background)[0].clamp(0, 1).float().cpu()
     return [one(i) for i in range(frames)]
 
 
@@ -53,9 +54,9 @@ def write_turntable(frames: Sequence[Tensor], out: Path | str) -> list[Path]:
     frames: (3, H, W) in [0, 1], one turn, which takes 3.6 seconds; the GIF goes round for ever. For the film: pip install
     "imageio[ffmpeg]"; nothing else needs it. Files are whole or not there. Raises UserError where the disk refuses.
     """
-    drawn, out = [_drawn(frame) for frame in frames], Path(out)
-    film = _film(drawn)
-    written = [write_whole(out / "turntable.gif", _gif(drawn))]
+    images, out = [_image(frame) for frame in frames], Path(out)
+    film = _film(images)
+    written = [write_whole(out / "turntable.gif", _gif(images))]
     return [*written, write_whole(out / "turntable.mp4", film)] if film else written
 
 
@@ -72,7 +73,7 @@ def write_sheet(views: Sequence[Tensor], path: Path | str) -> Path:
     return write_whole(Path(path), data.getvalue())
 
 
-def _drawn(frame: Tensor) -> Image.Image:
+def _image(frame: Tensor) -> Image.Image:
     return Image.fromarray((frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

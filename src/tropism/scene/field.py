@@ -201,7 +201,7 @@ def signed_distance(above: Tensor) -> Tensor:
     if not len(crossings):
         raise UserError(
             f"There is no surface: the density is {'above' if values.max() > 0 else 'below'} the level everywhere. Take the level from "
-            "scene.threshold.level_of, which says so if the scene is empty."
+            "scene.threshold.level_of, which says so if the scene is empty, on a grid that is fine enough for the object."
         )
     places = np.moveaxis(np.indices(values.shape), 0, -1).reshape(-1, 3).astype(np.float64)
     straight, nearest = KDTree(crossings).query(places)

@@ -15,7 +15,11 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from tropism.core import UserError
 from tropism.restore import fidelity
+from tropism.rewards.feature_distance import FeatureDistance
+from tropism.scene.mesh import Mesh, chamfer, mesh_of
+from tropism.scene.vp3d import PROMPT_CAMERA
 from tropism.space.cameras import Cameras, cameras, ring
 from tropism.space.volume import Field, inside
 from tropism.worlds import solids
@@ -23,7 +27,7 @@ from tropism.worlds.solids import Scene
 from tropism.worlds.solids_features import HEADS, Classifier
 from tropism.worlds.solids_library import averaged
 
-SIZE, GRID = 32, 48
+SIZE, GRID, MESH = 32, 48, 64
 AZIMUTHS, ELEVATIONS = 8, (0.0, 30.0)
 SOLID = 0.5
 """Opacity above which a pixel shows something."""
@@ -151,6 +155,34 @@ def colour_spread(mine: Seen) -> float:
     return float((found - found.mean(0)).norm(dim=1).mean())
 
 
+@lru_cache(maxsize=64)
+def _truth_mesh(truth: Scene) -> Mesh:
+    return mesh_of(solids.field(truth), MESH, level=solids.DENSITY / 2)
+
+
+def surfaces(field: Field, level: float, truth: Scene) -> float:
+    """The Chamfer distance of both surfaces, in units of the cube, off grids of MESH^3; .02 for the truth itself. NaN if empty."""
+    try:
+        return chamfer(mesh_of(field, MESH, level=level), _truth_mesh(truth), points=4096)
+    except UserError:
+        return float("nan")
+
+
+@torch.no_grad()
+def prompt_consistency(field: Field, visual: Tensor, judge: Classifier, device: str = "cpu") -> float:
+    """How near the front view is to the visual prompt (3, H, W): the cosine, in [-1, 1], of a judge's mean features."""
+    side = visual.shape[-1]
+    light, opacity = averaged(field, cameras([PROMPT_CAMERA[0]], PROMPT_CAMERA[1]).to(torch.device(device)), side)
+    behind = border(visual).to(light)[:, None, None]
+    distance = FeatureDistance(judge, tokens="mean").distance(light + (1 - opacity) * behind, visual[None].to(light))
+    return float(1 - distance)
+
+
+def border(picture: Tensor) -> Tensor:
+    """(3,): the median colour of a picture's (3, H, W) border."""
+    return torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1).median(1).values
+
+
 # ---------------------------------------------------------------------------------------------------- by a judge
 
 
@@ -201,12 +233,13 @@ def measured(
     *,
     truth: Scene | None = None,
     judge: Classifier | None = None,
+    visual: Tensor | None = None,
     background: tuple[float, ...] = solids.BACKGROUND,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Every measure of a field. wanted: what the prompt says; truth: the solids it should be, wherever they are known.
 
-    judge: reads one solid, and is not asked about two.
+    judge: reads one solid, and is not asked about two. visual: the visual prompt (3, H, W), which the judge's features compare with.
     """
     mine, limit = seen(field, background, device), threshold(field, device)
     density = field(cells(device))[0]
@@ -218,6 +251,9 @@ def measured(
     }
     if truth is not None:
         measures |= overlap(full, truth) | likeness(mine, seen_truth(truth, background, device))
+        measures["chamfer"] = surfaces(field, limit, truth)
+    if visual is not None and judge is not None:
+        measures["consistency"] = prompt_consistency(field, visual, judge, device)
     if judge is not None and len(wanted.solids) == 1:
         measures |= judged(mine, judge, wanted)
     return measures

@@ -52,12 +52,12 @@ def perpendicular(e: Tensor, positive: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perp_neg(model: Model, at: Noised, cond: Cond, guidance: float, *, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """A method of scene.distill, against the noise. cond: of one prompt in all of VIEWS, in their order; cameras: of the batch's rows."""
-    seen = cameras[at.rows]
+    """A method of scene.distill, against the noise. cond: of every row's prompt in all of VIEWS, row after row; cameras: of the rows."""
+    seen, rows = cameras[at.rows], torch.arange(len(cameras))[at.rows].tolist()
     told = [words(*angles) for angles in zip(seen.azimuth.tolist(), seen.elevation.tolist(), strict=True)]
     of, word = zip(*((i, row) for i, each in enumerate(told) for row, _, _ in each), strict=True)
-    free = denoised(model, _rows(at, range(len(told)), [each[0][0] for each in told]), cond, 0.0)
-    every = denoised(model, _rows(at, of, word), cond, 1.0) - free[list(of)]
+    free = denoised(model, _rows(at, rows, range(len(told)), [each[0][0] for each in told]), cond, 0.0)
+    every = denoised(model, _rows(at, rows, of, word), cond, 1.0) - free[list(of)]
     hat, start = [], 0
     for i, each in enumerate(told):
         hat.append(free[i] + guidance * _kept_apart(every[start : start + len(each)], each))
@@ -72,8 +72,9 @@ def _kept_apart(every: Tensor, told: list[tuple[int, float, float]]) -> Tensor:
     return positive + torch.tensordot(weight, torch.stack([perpendicular(e, positive) for e in every]), 1)
 
 
-def _rows(at: Noised, of, word) -> Noised:
-    """Those samples again, each to be told the word of that row."""
+def _rows(at: Noised, rows: list[int], of, word) -> Noised:
+    """Samples `of` again, each to be told a word. rows: of the batch, by sample."""
     chosen = list(of)
     t = at.t[chosen] if isinstance(at.t, Tensor) and at.t.ndim else at.t
-    return Noised(at.x0[chosen], at.z_t[chosen], t, torch.tensor(list(word)))
+    asked = torch.tensor([rows[i] * len(VIEWS) + w for i, w in zip(chosen, word, strict=True)])
+    return Noised(at.x0[chosen], at.z_t[chosen], t, asked)

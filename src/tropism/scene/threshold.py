@@ -96,8 +96,10 @@ def largest_part(inside: Tensor, density: Tensor) -> Tensor:
     return inside & torch.from_numpy(part == mass.argmax())
 
 
-def floaters(density: Tensor, level: float) -> float:
-    """In [0, 1]: of the mass above the level, the share outside of the largest part. density: (R, R, R), as of `density_on`."""
+def floaters(density: Tensor, level: float, parts: int = 1) -> float:
+    """In [0, 1]: of the mass above the level, the share outside of the `parts` largest. density: (R, R, R), as of `density_on`."""
     inside = density > level
-    total, most = (float(density[part].double().sum()) for part in (inside, largest_part(inside, density)))
-    return 1 - most / total if total else 0.0
+    total, left = float(density[inside].double().sum()), inside.clone()
+    for _ in range(parts):
+        left &= ~largest_part(left, density)
+    return float(density[left].double().sum()) / total if total else 0.0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tropism.core import Batch, Cond, Draw, Info, Model, Reward, Stream, UserError, generator, name_of, uniform
+from tropism.scene import drawing
 from tropism.scene.distill import Method, clean, csd, distilled, injected, isd, score_losses, sds, size_of, vsd
 from tropism.scene.perp_neg import perp_neg
 from tropism.scene.regularise import indecision, sparsity
@@ -31,7 +32,6 @@ from tropism.scene.views import asked, gate, near
 from tropism.space.cameras import VIEWS
 from tropism.space.cameras import cameras as placed
 from tropism.space.cameras import drawn as cameras_of
-from tropism.space.volume import render
 
 METHODS = ("sds", "csd", "isd", "vsd", "perp-neg")
 PROMPT_CAMERA = 0.0, 15.0
@@ -130,7 +130,7 @@ def vp3d(
     size = wanted if pixels is None else (pixels, pixels)
     background = torch.tensor([m["background"] for m in batch.meta or []])
     jitter = uniform(seed, Stream.CAMERA, update, batch.index, 2, 0, (size[0] * size[1], samples))[:, 0]
-    rendered = render(scene, batch.cameras.to(model.device), size, samples=samples, jitter=jitter)
+    rendered = drawing.drawn(scene, batch.cameras.to(model.device), size, samples=samples, jitter=jitter)
     pictures = rendered.over(background)
     leaf = pictures.detach().requires_grad_()
     x0 = clean(model, leaf, wanted)
@@ -172,8 +172,8 @@ def vp3d(
 def _compared(method: str, model: Model, batch: Batch) -> tuple[Cond, Method]:
     """The condition of an update's views, and what the method does with it."""
     if method == "perp-neg":
-        prompt, first = (batch.meta or [{}])[0]["prompt"], batch[[0] * len(VIEWS)]
-        words = replace(first, prompts=asked(prompt, VIEWS), parent=None)
+        prompt, each = (batch.meta or [{}])[0]["prompt"], batch[[i for i in range(len(batch)) for _ in VIEWS]]
+        words = replace(each, prompts=asked(prompt, VIEWS) * len(batch), parent=None)
         return model.encode(words), partial(perp_neg, cameras=batch.cameras)
     cond = model.encode(batch)
     if method == "isd":
