@@ -1,6 +1,6 @@
 """How long one object takes with the default settings, and what four times the updates would have added.
 
-    python benchmarks/scene.py                  three prompts a model, on all cores: some 10 minutes; --models, --times
+    python benchmarks/scene.py                  three prompts a model, on all cores: some 20 minutes; --models, --times
 
 Whole processes, as a user starts them. Accuracy is the judge's, which rewards nothing, over 16 sides: shape and colour both right.
 Where a prompt leaves the colour open only the shape counts.
@@ -34,7 +34,7 @@ def made(model: str, prompt: str, times: int, out: Path) -> tuple[float, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["solids-exact"])
+    parser.add_argument("--models", nargs="+", default=["solids-exact", "solids"])
     parser.add_argument("--times", type=int, default=4)
     run = parser.parse_args()
     print(

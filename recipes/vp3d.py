@@ -13,11 +13,11 @@ classifier. Arms:
     consistency text, and nearness to v near the front         stylised    full, with v of another prompt: shape from text, looks from v
     full        all three                                      full-X      full without X
 
-The judge is a classifier of another build that rewards nothing. OUT/table.csv has every arm's means; OUT/gaps.csv the differences of full
-to the others, paired by prompt and seed, with 95 % bootstrap intervals, of pairs
-and, since the seeds of a prompt are alike, of whole prompts. --sweep writes OUT/sweep.csv: guidance and rate for sds and full.
-The diffusion model is the exact denoiser. --model FOLDER --adapter FOLDER takes a network that `tropism pretrain solids` trained: four
-arms on four prompts and two seeds, to OUT/trained-table.csv and OUT/trained-gaps.csv.
+The judge is a classifier of another build that rewards nothing. OUT/runs.csv has every run, OUT/table.csv every arm's means, OUT/gaps.csv
+the differences of full to the others, paired by prompt and seed, with 95 % bootstrap intervals, of pairs and, since the seeds of a prompt
+are alike, of whole prompts. --sweep writes OUT/sweep.csv: guidance and rate for sds and full.
+The diffusion model is the exact denoiser. --model solids takes the network that was trained on that world: four arms on four prompts and
+two seeds, to OUT/trained-table.csv and OUT/trained-gaps.csv. So does a folder of `tropism pretrain solids`, with --adapter.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ WITH = {
 }
 
 UPDATES, LONGER = 160, 240
-HOW: dict[str, Any] = {"guidance": 7.5, "samples": 32, "smoothness": 3.0}
+HOW: dict[str, Any] = {"samples": 32, "smoothness": 3.0}
 LR, BETAS = 0.06, (0.9, 0.99)
 TRAINED = ("sds", "caption", "photometric", "full")
 """The arms of the trained network."""
@@ -105,7 +105,7 @@ class World:
 
     def drawn(self, prompt: str, seed: int) -> Visual:
         """Eight pictures that the model draws of a prompt, and the best of them by the text reward."""
-        how = {"count": 8, "steps": 20, "guidance": 7.5, "seed": seed, "negative": ""}
+        how = {"count": 8, "steps": 20, "guidance": self.model.guidance, "seed": seed, "negative": ""}
         return drawn_prompt(self.model, prompt, self.reward, **how)
 
     def visual(self, prompt: str, seed: int) -> tuple[torch.Tensor, Scene, int]:
@@ -128,7 +128,7 @@ def made(world: World, arm: str, prompt: str, seed: int, lr: float = LR, **how: 
         v, other, at = world.visual(PROMPTS[(PROMPTS.index(prompt) + 3) % 6], seed)
         target = Scene((replace(target.solids[0], colour=other.solids[0].colour),))
         prompt = f"a {target.solids[0].shape}"
-    uses, own = WITH[arm], HOW | how
+    uses, own = WITH[arm], {"guidance": world.model.guidance} | HOW | how
     asked = Asked(world.caption(v) if arm == "caption" else prompt, visual=v if set(uses) & {"visual", "consistency"} else None,
                   strength=0.5 if "visual" in uses else 0.0)  # fmt: skip
     own |= {name: getattr(world, name) for name in ("reward", "consistency") if name in uses}
@@ -281,6 +281,15 @@ def main() -> None:
         for name, rows in tables(found, run.arms):
             write(run.out, prefix + name, rows)
             print((run.out / f"{prefix}{name}.csv").read_text())
+        number = lambda value: f"{value:.4f}" if isinstance(value, float) else value
+        write(
+            run.out,
+            f"{prefix}runs",
+            [
+                {"arm": a, "prompt": p, "seed": s, "target": r["target"], **{m: number(r.get(m, "")) for m in MEASURES}}
+                for (a, p, s), r in found.items()
+            ],
+        )
 
 
 if __name__ == "__main__":

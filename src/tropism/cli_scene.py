@@ -12,7 +12,7 @@ from tropism.flags import plain_command
 
 HELP = {
     "out": "A new folder.",
-    "model": "solids-exact (bundled: the exact denoiser of the solids world), a Stable Diffusion folder or hub id, or file.py:Class.",
+    "model": "solids-exact or solids (bundled: the exact denoiser and a network), a Stable Diffusion folder or hub id, or file.py:Class.",
     "adapter": "The model's image adapter (IP-Adapter): a folder, or org/name:path/to/file; without one it reads no picture.",
     "reference": "A picture that gives the looks, in place of one that the model draws; the text gives the shape.",
     "reward": "NAME[=WEIGHT] of every view and the text, repeatable; none: no reward (default on solids: solids-text).",

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -96,7 +97,9 @@ def test_the_command_line_s_plan_ends_in_a_page_at_a_priced_budget_too(folder, t
     objectives = tuple(replace(o, prices={"reward_queries": 2.0}) for o in made.objectives)
     settings = {**made.settings, **short}
     made = replace(made, settings=settings, objectives=objectives, budget={"priced": 8.0})
-    text = race(made, out=tmp_path / "out").read_text()
+    text = re.sub(
+        r'src="data:[^"]*"', "", race(made, out=tmp_path / "out").read_text()
+    )  # any letters stand in a picture
     assert "(at most 32, 1 pictures each" in text and "inf]" not in text and "nan" not in text
     told = json.loads((tmp_path / "out" / "jpeg" / "draft" / "test-0.json").read_text())
     assert told["evaluations"][-1]["spent"]["priced"] == 8 and told["evaluations"][-1]["spent"]["reward_queries"] == 4

@@ -34,7 +34,7 @@ from tropism.scene.measures import measured
 from tropism.scene.mesh import Mesh
 from tropism.scene.times import ANNEALS
 from tropism.scene.vp3d import METHODS, Asked, prompt_batch
-from tropism.worlds import solids, solids_features
+from tropism.worlds import solids, solids_features, solids_oracle
 
 FREE = ("out", "checkpoint_every", "watch", "device", "threads")
 """Settings that a resumed scene need not have in common with its beginning."""
@@ -104,20 +104,20 @@ def scene(
 ) -> SceneRun:
     """Make a 3-D object from text: a picture first, then a scene that follows text and picture, with rewards of its views.
 
-    prompt: what it shall be. model: solids-exact (the exact denoiser of the bundled world), a Stable Diffusion folder or hub id,
-    file.py:Class, or a Model. adapter: its image adapter, "FOLDER" or org/name:path/to/file, without which it reads no picture.
-    reference: a picture file that gives the looks, in place of the one that the model draws. reward: of every view and the text, summed;
-    "none" for none. noises: above 0 the reward needs no gradient, and weighs so many noises of a view at `temperature`. consistency: a
-    reward that compares views with the picture near its own camera, such as features:SOURCE; "none" for none. watch: rewards to
-    measure only. negative: what it must not look like. distillation: sds, csd, isd, vsd or perp-neg. candidates: pictures drawn, of which
-    the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a quarter of it.
-    updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine: surface (a signed
-    distance), gaussian (so many `gaussians`; also writes scene.ply), voxel or none. lr: of Adam in the coarse stage. fine_lr: in the fine
-    one. views: pictures an update. samples: points along a ray. pixels: side of a render, default the model's own. guidance: of the
-    distillation, default the model's own. steps: of drawing the picture. weight: w(t), one of sds, uniform, fantasia3d. anneal: of the
-    times, one of constant, linear, square-root. rho: the reward's share of the distillation's gradient. rho_visual: the same of
-    consistency. hinge: a view worth that much is content. start: share of the run before rewards count. smoothness: weight of total
-    variation. opacity: weight of sparsity. decided: weight against half-transparency. eikonal: weight of a distance's slope, of a
+    prompt: what it shall be. model: solids-exact (the exact denoiser of the bundled world), solids (a network trained on it), a Stable
+    Diffusion folder or hub id, file.py:Class, or a Model. adapter: its image adapter, "FOLDER" or org/name:path/to/file, without which it
+    reads no picture. reference: a picture file that gives the looks, in place of the one that the model draws. reward: of every view and
+    the text, summed; "none" for none. noises: above 0 the reward needs no gradient, and weighs so many noises of a view at `temperature`.
+    consistency: a reward that compares views with the picture near its own camera, such as features:SOURCE; "none" for none. watch:
+    rewards to measure only. negative: what it must not look like. distillation: sds, csd, isd, vsd or perp-neg. candidates: pictures
+    drawn, of which the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a
+    quarter of it. updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine:
+    surface (a signed distance), gaussian (so many `gaussians`; also writes scene.ply), voxel or none. lr: of Adam in the coarse stage.
+    fine_lr: in the fine one. views: pictures an update. samples: points along a ray. pixels: side of a render, default the model's own.
+    guidance: of the distillation, default the model's own. steps: of drawing the picture. weight: w(t), one of sds, uniform, fantasia3d.
+    anneal: of the times, one of constant, linear, square-root. rho: the reward's share of the distillation's gradient. rho_visual: the
+    same of consistency. hinge: a view worth that much is content. start: share of the run before rewards count. smoothness: weight of
+    total variation. opacity: weight of sparsity. decided: weight against half-transparency. eikonal: weight of a distance's slope, of a
     surface.
     OUT gets turntable.gif, views.png, mesh.glb, viewer.html, visual_prompt.png, metrics.json, report.html, scene.safetensors.
     Raises UserError for anything that cannot be, for a scene that collapses to nothing, and for a resumed scene with other settings.
@@ -292,7 +292,8 @@ def _of_solids(field: Sculpture, model: Model, settings: Mapping[str, Any]) -> d
     if not of_solids(settings["model"]) or NONE in settings["watch"]:
         return {}
     solid, asked = field.baked() if isinstance(field, GaussianField) else field, solids.parse(settings["prompt"])
-    meant = [s for s in getattr(getattr(model, "library", None), "scenes", ()) if s.fits(asked)]
+    known = model.library.scenes if isinstance(model, solids_oracle.OracleModel) else solids.scenes()
+    meant = [s for s in known if s.fits(asked)]
     truth = meant[0] if len(meant) == 1 and settings["reference"] is None else None
     found = measured(solid, asked, truth=truth, judge=solids_features.classifier("judge"))
     judged = ("accuracy", "log_prob", "janus")

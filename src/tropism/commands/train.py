@@ -295,7 +295,7 @@ def pretrain(world: str = "shapes", *, out: str | Path, quick: bool = False, thr
     from tropism.run import pretrain as generator
     from tropism.run import pretrain_glyphs, pretrain_loop, pretrain_rewards, pretrain_sequences, pretrain_solids
 
-    known(world, (*BUNDLED, "solids", *pretrain_sequences.RECIPES), "world")
+    known(world, (*BUNDLED, *pretrain_sequences.RECIPES), "world")
     if Path(out).is_file():
         raise UserError(f"{out} is a file, but the networks need a folder. Choose another --out.")
     set_up("cpu", "float32", threads)

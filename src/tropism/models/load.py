@@ -16,10 +16,12 @@ from tropism.models import masked_lm, own, pipeline
 from tropism.models.latent import Latent
 from tropism.worlds import molecules, utr, weights
 
-BUNDLED = {"shapes": "shapes/model", "glyphs": "glyphs/model"}
+BUNDLED = {"shapes": "shapes/model", "glyphs": "glyphs/model", "solids": "solids/model"}
+ADAPTERS = {"solids": "solids/adapter"}
+"""Image adapters of bundled models, read with them where no other is named."""
 TOKENS = ("dna", "utr", "molecules")
 """Bundled models of token sequences."""
-OWN = {"shapes": {"steps": 8, "guidance": 2.0}, "glyphs": {"steps": 10}}
+OWN = {"shapes": {"steps": 8, "guidance": 2.0}, "glyphs": {"steps": 10}, "solids": {"steps": 20, "guidance": 3.0}}
 """Steps and guidance of the bundled models, which their families' would not suit."""
 
 
@@ -105,8 +107,8 @@ def family_of(source: str | Path) -> type[Latent]:
 
 
 def load_model(source: str | Path, **options: Any) -> Model:
-    """The model `source` names: "shapes" or "glyphs" (an upscaler), a folder with model_index.json, "org/name" on the hub,
-    "file.py:Class", or the .safetensors file of a distilled model of tokens.
+    """The model `source` names: "shapes", "glyphs" (an upscaler) or "solids" (which reads a picture beside the words), a folder with
+    model_index.json, "org/name" on the hub, "file.py:Class", or the .safetensors file of a distilled model of tokens.
 
     The options are Latent.load's; a user's own class is made without arguments and none of them reaches it.
     Raises UserError if nothing of that name exists, with the nearest bundled name.
@@ -121,6 +123,8 @@ def load_model(source: str | Path, **options: Any) -> Model:
         if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", source):
             raise _unknown(source)
         found = source
+    if source in ADAPTERS and options.get("visual") is None:
+        options["visual"] = weights.path(ADAPTERS[source])
     model = family_of(found).load(found, **options)
     for name, value in OWN.get(source, {}).items():
         setattr(model, name, value)

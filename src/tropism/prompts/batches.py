@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from tropism.core import Batch, Stream, UserError, generator
 from tropism.prompts.files import READERS, Prompt, check_lengths, from_row, read_file
 from tropism.prompts.sets import DATASET, bundled, nearest, read_dataset
 from tropism.prompts.wildcards import expand
-from tropism.worlds import glyphs, glyphs_posterior, shapes
+from tropism.space.cameras import VIEWS
+from tropism.worlds import glyphs, glyphs_posterior, shapes, solids
 
 __all__ = ["Prompt", "as_batch", "batch_of", "listed", "own_rows", "read_prompts", "split", "train_and_held_out"]
 
@@ -141,7 +143,7 @@ def train_and_held_out(
     if prompts is None:
         if not isinstance(model, str) or model not in WORLDS:
             raise UserError(
-                f"No prompts were given, and only the bundled models {' and '.join(WORLDS)} have their own (this is {model!r}). "
+                f"No prompts were given, and only the bundled models {', '.join(WORLDS)} have their own (this is {model!r}). "
                 "Add --prompts FILE with one prompt a line."
             )
         train, held = WORLDS[model]()
@@ -163,7 +165,15 @@ def _of_glyphs() -> list[list[Prompt]]:
     return [[scene(n, seed) for n in range(count)] for count, seed in ((20_000, 1), (4000, 0))]
 
 
-WORLDS = {"shapes": _of_shapes, "glyphs": _of_glyphs}
+def _of_solids() -> list[list[Prompt]]:
+    """Every solid from every side."""
+    return [
+        [Prompt(replace(s, view=view).prompt) for s in solids.scenes(held_out) for view in VIEWS]
+        for held_out in (False, True)
+    ]
+
+
+WORLDS = {"shapes": _of_shapes, "glyphs": _of_glyphs, "solids": _of_solids}
 """() -> (train, held out) prompts of the bundled models of pictures."""
 
 

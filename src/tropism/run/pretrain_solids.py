@@ -31,7 +31,7 @@ class Lengths:
 
     reward: int = 5000
     judge: int = 5000
-    denoiser: int = 20_000
+    denoiser: int = 12_000
     encoder: int = 1500
     adapter: int = 2000
     views: int = 160

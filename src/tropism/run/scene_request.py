@@ -21,7 +21,9 @@ from tropism.scene.vp3d import prompt_batch
 from tropism.worlds import solids, solids_oracle
 
 EXACT = "solids-exact"
-"""The bundled model: the exact denoiser of the solids world."""
+"""The exact denoiser of the solids world, bundled."""
+TRAINED = "solids"
+"""The bundled network of that world; it knows one solid at a time."""
 OWN: dict[str, Any] = {"reward": ["solids-text"], "consistency": "solids-visual", "watch": ["solids-judge"]}
 """Of the solids world, where nothing is said."""
 NONE = "none"
@@ -29,7 +31,7 @@ NONE = "none"
 
 def of_solids(model: str | Model) -> bool:
     """Whether a model draws the solids world, whose truth is known."""
-    return model == EXACT or isinstance(model, solids_oracle.OracleModel)
+    return model in (EXACT, TRAINED) or isinstance(model, solids_oracle.OracleModel)
 
 
 def check_sees(model: Model, settings: Mapping[str, Any], kept: Path | None) -> None:
@@ -53,8 +55,8 @@ def model_of(
     model: str | Model, prompt: str, adapter: str | Path | None, method: str, device: torch.device, dtype: torch.dtype
 ) -> Model:
     """The model of a scene. Raises UserError for what a bundled one cannot do or does not know."""
-    if of_solids(model) and (view := solids.parse(prompt).view):
-        raise UserError(f"The prompt names a view, {view}. Leave it out: every view is asked for with its own word.")
+    if of_solids(model):
+        _check_words(prompt, one=model == TRAINED)
     if model == EXACT:
         if adapter or method == "vsd":
             what = "no image adapter" if adapter else "no score network of its own to train (vsd)"
@@ -69,6 +71,17 @@ def model_of(
         raise UserError(f"There is no model {model!r}. Did you mean {close[0]!r}?")
     trained = LoraSettings() if method == "vsd" else None
     return load_model(model, device=device, dtype=dtype, lora=trained, **({"visual": adapter} if adapter else {}))
+
+
+def _check_words(prompt: str, one: bool) -> None:
+    """Raises UserError for words that the solids world does not know, for a view, and for two solids where one is what is known."""
+    asked = solids.parse(prompt)
+    if asked.view:
+        raise UserError(
+            f"The prompt names a view, {asked.view}. Leave it out: every view is asked for with its own word."
+        )
+    if one and len(asked.solids) > 1:
+        raise UserError(f"{TRAINED} was trained on single solids. For two side by side: --model {EXACT}.")
 
 
 def terms_of(settings: Mapping[str, Any], world: bool) -> dict[str, Any]:
