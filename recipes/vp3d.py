@@ -98,7 +98,7 @@ class World:
 
     def __init__(self, name: str, adapter: str | None):
         known, self.name = exact("a cube"), name
-        self.library = known.library
+        self.library, self.adapter = known.library, adapter
         self.model: Any = known if name == EXACT else load_model(name, lora=None, visual=adapter)
         self.reward, self.consistency = load_reward("solids-text"), load_reward("solids-visual")
         self.judge = solids_features.classifier("judge")
@@ -159,7 +159,9 @@ def _towards(field: VoxelField, v: torch.Tensor, camera: Any) -> None:
 
 
 def kept(world: World, out: Path, arm: str, prompt: str, seed: int, name: str = "", **how: Any) -> dict[str, Any]:
-    folder = out / ("runs" if world.name == EXACT else "trained")
+    folder = out / (
+        "runs" if world.name == EXACT else f"runs-{Path(world.name).name}-{Path(world.adapter or '').name}".rstrip("-")
+    )
     file = folder / f"{name or arm}-{prompt.replace(' ', '_')}-{seed}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +194,9 @@ def tables(
     found: dict[tuple[str, str, int], dict[str, Any]], arms: list[str]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Means by arm over all prompts and over the open ones, and the paired gaps of full to every other arm."""
-    rows, gaps = [], []
-    for which, prompts in (("all", PROMPTS), ("open", OPEN)):
+    rows: list[dict[str, Any]] = []
+    gaps: list[dict[str, Any]] = []
+    for which, prompts in (("all", PROMPTS), ("open", OPEN), ("closed", PROMPTS[:6])):
         for arm in arms:
             own = {(p, s): r for (a, p, s), r in found.items() if a == arm and p in prompts}
             mean = {m: f"{average([r.get(m, np.nan) for r in own.values()]):.4f}" for m in MEASURES}
@@ -216,13 +219,16 @@ def tables(
 
 
 def write(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:  # gaps, without the arm that they are of
+        return
+    out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def sweep(world: World, out: Path) -> None:
+def sweep(world: World, out: Path, prefix: str) -> None:
     """Guidance and rate for plain SDS and for full, on four prompts of seed 100, which the tables do not have."""
     rows = []
     for arm in ("sds", "full"):
@@ -234,7 +240,7 @@ def sweep(world: World, out: Path) -> None:
                     m: f"{np.nanmean([r[m] for r in runs]):.4f}" for m in ("accuracy", "text", "psnr", "iou", "janus")
                 }
                 rows.append({"arm": arm, "guidance": guidance, "lr": lr, **mean})
-    write(out, "sweep", rows)
+    write(out, f"{prefix}sweep", rows)
 
 
 def selection(world: World, prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -266,11 +272,12 @@ def main() -> None:
     parser.add_argument("--adapter")
     run = parser.parse_args()
     torch.set_num_threads(1)
-    world, seeds, prompts, prefix = World(run.model, run.adapter), [int(s) for s in run.seeds.split(",")], PROMPTS, ""
+    world, seeds, prompts = World(run.model, run.adapter), [int(s) for s in run.seeds.split(",")], PROMPTS
+    prefix = "" if run.model == EXACT else "trained-"
     if run.sweep:
-        return sweep(world, run.out)
+        return sweep(world, run.out, prefix)
     if run.model != EXACT:
-        seeds, prompts, prefix = seeds[:2], SOME, "trained-"
+        seeds, prompts = seeds[:2], SOME
         run.arms = [arm for arm in TRAINED if arm in run.arms]
     if run.selection:
         return write(run.out, f"{prefix}selection", selection(world, PROMPTS, [int(s) for s in run.seeds.split(",")]))
@@ -280,7 +287,7 @@ def main() -> None:
     if parts == 1:
         for name, rows in tables(found, run.arms):
             write(run.out, prefix + name, rows)
-            print((run.out / f"{prefix}{name}.csv").read_text())
+            print("\n".join(",".join(map(str, row.values())) for row in rows))
         number = lambda value: f"{value:.4f}" if isinstance(value, float) else value
         write(
             run.out,

@@ -151,7 +151,8 @@ def test_a_reward_without_a_gradient_weighs_the_noise(model, tmp_path):
     blind.name, blind.differentiable = "blind", False
     run = made(model, tmp_path, reward=[blind], consistency="none", noises=3, fine="none")
     rows = [json.loads(row) for row in (tmp_path / "coarse" / "metrics.jsonl").read_text().splitlines()]
-    assert "blind" in run.numbers and all(r["blind"] is not None for r in rows[1:])
+    told = [r.get("blind") is not None for r in rows[1:]]
+    assert "blind" in run.numbers and told == [update / 6 > 0.3 for update in range(6)]  # from --start on
 
 
 def test_gaussians_as_the_fine_stage(model, tmp_path):
@@ -279,6 +280,9 @@ def test_a_scene_that_collapses_is_said_so(model, tmp_path):
         ({"rho": -1.0}, "rho"),
         ({"reward": ["jpeg-bytes"]}, "--noises 4"),
         ({"reward": ["none"], "noises": 4}, "weigh 4 noises"),
+        ({"noises": 1}, "one noise"),
+        ({"candidates": 0, "consistency": "solids-visual"}, "leaves none"),
+        ({"model": "dna"}, "token sequences"),
         ({"noises": 2, "distillation": "perp-neg"}, "view words, not noises"),
         ({"temperature": float("nan")}, "temperature"),
         ({"schedule": "step"}, "step"),
@@ -289,7 +293,21 @@ def test_a_scene_that_collapses_is_said_so(model, tmp_path):
 )
 def test_what_cannot_be_asked(model, tmp_path, more, says):
     with pytest.raises(UserError, match=says):
-        made(model, tmp_path / "out", **more)
+        made(more.get("model", model), tmp_path / "out", **{n: v for n, v in more.items() if n != "model"})
+
+
+def test_a_scene_without_a_fine_stage_runs_to_the_end(model, tmp_path, monkeypatch):
+    """Its times and its rewards' shares are those of a whole run, whatever --fine-updates says."""
+    seen, pace = [], Stage.pace
+    monkeypatch.setattr(Stage, "pace", lambda self, done: (pace(self, done), seen.append(self.progress)))
+    fields = [made(model, tmp_path / str(n), fine="none", fine_updates=n).field.grid for n in (3, 70)]
+    assert torch.equal(*fields) and seen[:6] == pytest.approx([i / 6 for i in range(6)])
+
+
+def test_an_overwritten_scene_links_to_nothing_of_the_last_one(model, tmp_path):
+    made(model, tmp_path, fine="gaussian", gaussians=24, updates=2, fine_updates=1)
+    made(model, tmp_path, fine="none", updates=2, overwrite=True)
+    assert not (tmp_path / "scene.ply").exists() and "scene.ply" not in (tmp_path / "report.html").read_text()
 
 
 def test_two_solids_have_no_reward_of_their_own():

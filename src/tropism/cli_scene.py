@@ -40,7 +40,7 @@ HELP = {
     "anneal": "How the times narrow: constant, linear or square-root.",
     "rho": "The reward's share of the distillation's gradient.",
     "rho_visual": "Consistency's share of the distillation's gradient.",
-    "noises": "Above 0: the reward needs no gradient; it weighs so many noises of every view.",
+    "noises": "Above 1: the reward needs no gradient; it weighs so many noises of every view, and --rho and --hinge have no say.",
     "temperature": "Of that weighing, in the reward's units.",
     "hinge": "A view worth that much is content.",
     "start": "Share of the run before rewards count.",

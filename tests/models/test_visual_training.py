@@ -107,6 +107,31 @@ def test_what_is_dropped(load):
     assert bool((text["image_scale"] == 1).all())
 
 
+def test_an_exact_mean_stands_for_the_drawn_picture(load):
+    """That is the drawn one it changes nothing; another changes every row; it is told what each row is shown."""
+    model = begun(load(dtype=torch.float64), 0.3)
+    x0, told = model.latents(PICTURES.double()), []
+    how = {"drop_image": 0.25, "drop_text": 0.25, "drop_both": 0.25}
+    loss = lambda mean: adapter_loss(
+        model, PICTURES, BATCH, DRAW, exact=lambda x_t, t, *seen: told.append(seen) or mean, **how
+    )
+    whole = adapter_loss(model, PICTURES, BATCH, DRAW, **how)
+    torch.testing.assert_close(loss(x0), whole, rtol=1e-6, atol=1e-9)
+    assert ((loss(x0 - 0.5) - whole).abs() > 1e-3).all()
+    cond, chance = model.encode(replace(BATCH, visual=PICTURES)), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    for shares, (words, picture) in (
+        ((1.0, 0, 0), (1, 0)),
+        ((0, 1.0, 0), (0, 1)),
+        ((0, 0, 1.0), (0, 0)),
+        ((0, 0, 0), (1, 1)),
+    ):
+        named = dict(zip(how, shares, strict=True))
+        adapter_loss(model, PICTURES, BATCH, DRAW, exact=lambda x_t, t, *seen: told.append(seen) or x0, **named)
+        assert [bool(each.all()) and bool(each.any()) for each in told[-1]] == [bool(words), bool(picture)]
+        text = dropped(cond, chance, shares)
+        assert torch.equal(text["text"], (cond.positive if words else cond.negative)["text"])
+
+
 def test_half_of_the_prompts_are_another_view(load, monkeypatch):
     model, shown = begun(load()), []
     encode = model.encode

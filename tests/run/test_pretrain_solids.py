@@ -11,6 +11,7 @@ from tropism.run import pretrain_solids as recipe
 from tropism.run import pretrain_solids_model as recipe_of_model
 from tropism.worlds import solids, solids_features, solids_library, weights
 from tropism.worlds.solids_features import HEADS
+from tropism.worlds.solids_oracle import OracleModel
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,26 @@ def test_a_classifier_learns(bank):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_what_an_adapter_should_say():
+    """At next to no signal the mean picture of what the row is shown: the picture's solid from the side that the words name."""
+    known = solids_library.library(
+        [s for s in solids.scenes(size="large") if s.solids[0].shape == "cube"][:2], azimuths=4, size=12
+    )
+    oracle, white = OracleModel(known), known.over([1.0, 1.0, 1.0])
+    views = known.cameras.views()
+    shows, asked = [known.scenes[1]] * 4, Batch(["a cube, front view"] * 4)
+    told = [(True, True), (True, False), (False, True), (False, False)]
+    x_t, t = torch.zeros(4, 3, 12, 12), torch.full((4,), 999)
+    found = recipe_of_model.exact_mean(oracle, asked, shows, x_t, t, *torch.tensor(told).T)
+    for row, (words, picture) in zip(found, told, strict=True):
+        meant = [
+            (not picture or w == 1) and (not words or v == "front")
+            for w, v in zip(known.which.tolist(), views, strict=True)
+        ]
+        assert 0 < sum(meant) < len(known) or not (words or picture)
+        torch.testing.assert_close(row, 2 * white[torch.tensor(meant)].mean(0) - 1, atol=0.02, rtol=0)
 
 
 def test_every_stage_runs_and_its_files_are_read(bank, folder, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from tropism.run.sculpt import (
 from tropism.scene.distill import WEIGHTS, size_of
 from tropism.scene.gaussians import GaussianField
 from tropism.scene.measures import measured
-from tropism.scene.mesh import Mesh
+from tropism.scene.mesh import Mesh, installed
 from tropism.scene.times import ANNEALS
 from tropism.scene.vp3d import METHODS, Asked, prompt_batch
 from tropism.worlds import solids, solids_features, solids_oracle
@@ -124,6 +125,7 @@ def scene(
     """
     settings = dict(locals())
     check(settings)
+    installed()
     place, precision = set_up(device, dtype, threads)
     loaded = model_of(model, prompt, adapter, distillation, place, precision)
     kept = Path(out) / VISUAL if resume else None
@@ -173,6 +175,8 @@ def check(settings: Mapping[str, Any]) -> None:
     not_negative(**{n: settings[n] for n in (*numbers, "candidates", "seed", "noises")})
     finite_numbers(**{n: settings[n] for n in (*numbers, "guidance", "hinge", "start")})
     schedule_of(settings["schedule"])
+    if settings["noises"] == 1:
+        raise UserError("--noises is 1, and one noise cannot be weighed against another. Try 4.")
     if settings["noises"] and list(settings["reward"]) == [NONE]:
         raise UserError(f"There is no reward to weigh {settings['noises']} noises by. Name one with --reward.")
     if settings["noises"] and settings["distillation"] == "perp-neg":
@@ -291,7 +295,8 @@ def _of_solids(field: Sculpture, model: Model, settings: Mapping[str, Any]) -> d
     """
     if not of_solids(settings["model"]) or NONE in settings["watch"]:
         return {}
-    solid, asked = field.baked() if isinstance(field, GaussianField) else field, solids.parse(settings["prompt"])
+    solid = field.baked() if isinstance(field, GaussianField) else field
+    solid, asked = copy.deepcopy(solid).to("cpu"), solids.parse(settings["prompt"])
     known = model.library.scenes if isinstance(model, solids_oracle.OracleModel) else solids.scenes()
     meant = [s for s in known if s.fits(asked)]
     truth = meant[0] if len(meant) == 1 and settings["reference"] is None else None

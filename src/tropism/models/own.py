@@ -63,6 +63,10 @@ class Completed:
 
 
 def _encode(model: Any, batch: Batch, draw: Draw | None = None) -> Prompts:
+    if batch.visual is not None:
+        raise UserError(
+            f"{type(model).__name__} has no `encode` of its own, so it reads no picture beside the words. Write it."
+        )
     return Prompts(tuple(batch.prompts), tuple(model.shape))
 
 

@@ -9,6 +9,7 @@ view is this library's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -80,12 +81,15 @@ def adapter_loss(
     drop_image: float = 0.05,
     drop_text: float = 0.05,
     drop_both: float = 0.05,
+    exact: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The mean squared error of the network's native output (epsilon, v or x_0) for each row, (B,), at one uniform time each.
 
     pictures: what is drawn, (B, 3, H, W) in [0, 1] of the model's size. others: another view of each row's object, (B, 3, h, w) in [0, 1];
     a row is prompted with it with probability other_view, else with the picture itself. batch: the prompts; its visual is not read.
     drop_*: shares of rows without the picture (the embedding of none), without the words (the negative prompt), and without both.
+    exact: where it is known, E[x_0 | x_t, what the row is shown] of (x_t, t, words, picture), the last two (B,) bool of what is not
+    dropped: the loss then has the same minimiser, without the noise that one drawn x_0 brings.
     Every draw is keyed by `draw`. Raises UserError for shares that are none, and for a model without an adapter.
     """
     shares = (drop_image, drop_text, drop_both)
@@ -103,7 +107,15 @@ def adapter_loss(
     n = len(cast(VP, model.process).alpha_bars)
     t = (uniform(draw.seed, Stream.TIMESTEP, draw.update, draw.index, 0, 0, ())[:, 0] * n).long().to(x0.device)
     eps = draw(Stream.RENOISE, 0, x0.shape[1:]).to(x0)
-    out = model.counted(model.process.forward(x0, t, eps), t, text)
+    x_t = model.process.forward(x0, t, eps)
+    out = model.counted(x_t, t, text)
+    if exact is not None:
+        no_image, no_words = _without(chance[:, 1], shares)
+        x0 = exact(x_t, t, ~no_words, ~no_image)
+        alpha, sigma = (
+            torch.as_tensor(f(t)).to(x_t).view(-1, 1, 1, 1) for f in (model.process.alpha, model.process.sigma)
+        )
+        eps = (x_t - alpha * x0) / sigma
     return (out - _target(model, x0, eps, t)).square().flatten(1).mean(1)
 
 
@@ -112,10 +124,15 @@ def dropped(cond: TextCond, chance: Tensor, shares: tuple[float, float, float]) 
 
     chance: uniforms (B,) on [0, 1); shares: of rows without the picture, without the words, without both, in this order from 0.
     """
+    no_image, no_words = _without(chance, shares)
+    return {k: _chosen(no_image if k in OF_IMAGE else no_words, cond.negative[k], v) for k, v in cond.positive.items()}
+
+
+def _without(chance: Tensor, shares: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
+    """(B,) bool: the rows without a picture, and those without words."""
     image, words, both = shares
     no_words = (chance >= image) & (chance < image + words + both)
-    no_image = (chance < image) | (chance >= image + words) & (chance < image + words + both)
-    return {k: _chosen(no_image if k in OF_IMAGE else no_words, cond.negative[k], v) for k, v in cond.positive.items()}
+    return (chance < image) | (chance >= image + words) & (chance < image + words + both), no_words
 
 
 def _chosen(rows: Tensor, these: Tensor, else_those: Tensor) -> Tensor:

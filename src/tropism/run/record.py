@@ -29,6 +29,7 @@ except ImportError:  # not POSIX: two runs in one folder are then not noticed
 
 PRODUCTS = (
     "config.yaml",
+    "scene.ply",
     "env.json",
     "metrics.jsonl",
     "metrics.lost.jsonl",

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from tropism.core import Model, Reward, UserError
-from tropism.models.load import BUNDLED, TOKENS, load_model
+from tropism.models.load import BUNDLED, TOKENS, is_of_tokens, load_model
 from tropism.models.lora import LoraSettings
 from tropism.rewards.load import check_prompts, require_gradient
 from tropism.run.request import read_reward
@@ -67,6 +67,8 @@ def model_of(
         return cast(Model, solids_oracle.exact(prompt, dtype=dtype, device=device))
     if not isinstance(model, str):
         return model
+    if is_of_tokens(model):
+        raise UserError(f"{model} is a model of token sequences, and a scene needs pictures. Try --model solids.")
     if model not in (*BUNDLED, *TOKENS) and (close := difflib.get_close_matches(model, [EXACT], 1, 0.8)):
         raise UserError(f"There is no model {model!r}. Did you mean {close[0]!r}?")
     trained = LoraSettings() if method == "vsd" else None
@@ -92,6 +94,10 @@ def terms_of(settings: Mapping[str, Any], world: bool) -> dict[str, Any]:
     own = OWN if world and len(solids.parse(settings["prompt"]).solids) == 1 else {}
     asked = {n: settings[n] or own.get(n, ()) for n in OWN}
     seen = settings["candidates"] > 0 or settings["reference"] is not None
+    if settings["consistency"] not in (None, NONE) and not seen:
+        raise UserError(
+            "Consistency compares with a visual prompt, and --candidates 0 leaves none. Leave one of the two out."
+        )
     found: dict[str, Any] = {"reward": None, "consistency": None}
     for name in found:
         if asked[name] and asked[name] not in (NONE, [NONE], (NONE,)) and (seen or name == "reward"):

@@ -133,8 +133,8 @@ def sculpted(
     say: Callable[[str], None],
 ) -> tuple[Sculpture, list[dict[str, Any]]]:
     """The finished field and the lines of both stages' records, from OUT/coarse and OUT/fine; finished stages are read, not repeated."""
-    coarse, total = VoxelField(plan.resolution[0]).to(model.device), sum(plan.updates)
-    share = plan.updates[0] / total
+    coarse = VoxelField(plan.resolution[0]).to(model.device)
+    share = 1.0 if plan.fine == "none" else plan.updates[0] / sum(plan.updates)
     stage = Stage(model, coarse, asked, how, 0, 0.0, share)
     lines = _trained(stage, plan, 0, out / "coarse", resume, config, watching)
     level = level_of(coarse)  # an empty scene is said so, before more is spent on it

@@ -114,11 +114,10 @@ def vp3d(
 
     batch: views as `Asked.batch` makes them. progress: share of the run that is done, in [0, 1). reward: of views and the prompt (r_hf);
     consistency: of views and the visual prompt, given as batch.visual and as batch.reference, near its own camera alone (r_vc); None
-    leaves them out. method: one of METHODS;
-    vsd trains the model's adapter beside the scene. noises: above 0 the reward needs no gradient; it weighs so many noises of a view, by
-    the softmax of rewards / temperature (scene.reward_sds). weight: w(t).
-    anneal, first, last: which times are looked at (scene.times). hinge: a
-    view worth that much is content. samples: points along a ray. pixels: side of a render, by default the model's own picture's.
+    leaves them out. method: one of METHODS; vsd trains the model's adapter beside the scene. noises: above 1 the reward needs no
+    gradient; from `start` on it weighs so many noises of a view, by the softmax of rewards / temperature (scene.reward_sds), and rho and
+    hinge have no say. weight: w(t). anneal, first, last: which times are looked at (scene.times). hinge: a view worth that much is
+    content. samples: points along a ray. pixels: side of a render, by default the model's own picture's.
     smoothness, opacity, decided, eikonal: weights of total variation, sparsity, indecision and, of a SurfaceField, a distance's slope.
     Raises UserError for names that do not exist and where something is asked of a visual prompt and there is none.
     """
@@ -137,17 +136,20 @@ def vp3d(
     t = drawn(model.process, ANNEALS[anneal](progress, first, last), seed, update, batch.index)
     noise = Draw(seed, update, batch.index)(Stream.RENOISE, 0, cond.shape)
     columns = {}
-    if noises and reward is not None:
+    if noises and reward is not None and ramp(progress, start) > 0:
         more = [Draw(seed, update, batch.index)(Stream.RENOISE, 1 + k, cond.shape) for k in range(1, noises)]
         chosen = {"guidance": guidance, "method": compare, "weight": weight, "temperature": temperature}
         loss, liked = reward_sds(model, reward, x0, t, torch.stack([noise, *more], 1), cond, batch, **chosen)
-        columns, reward = {name_of(reward): liked.mean(1)}, None
+        columns = {name_of(reward): liked.mean(1)}
     else:
         loss, _ = distilled(model, x0, t, noise, cond, guidance=guidance, method=compare, weight=weight)
     (pull,) = torch.autograd.grad(loss, leaf)
     total = pull
     azimuth = batch.cameras.azimuth
-    for term, share, much in ((reward, None, rho), (consistency, near(azimuth, PROMPT_CAMERA[0]), rho_visual)):
+    for term, share, much in (
+        (None if noises else reward, None, rho),
+        (consistency, near(azimuth, PROMPT_CAMERA[0]), rho_visual),
+    ):
         if term is not None:
             told = batch if term is reward else replace(batch, reference=batch.visual)
             slope, scores = rewarded(term, leaf, told, hinge=hinge if term is reward else None, share=share)
