@@ -70,10 +70,12 @@ WITH = {
 }
 
 UPDATES, LONGER = 160, 240
-HOW: dict[str, Any] = {"samples": 32, "smoothness": 3.0}
+HOW: dict[str, Any] = {"guidance": 7.5, "samples": 32, "smoothness": 3.0}
 LR, BETAS = 0.06, (0.9, 0.99)
 TRAINED = ("sds", "caption", "photometric", "full")
 """The arms of the trained network."""
+TRAINED_STRENGTH = 2.0
+"""Of v for the trained network: at .5 its colours do not reach the back."""
 PHOTOMETRIC = 0.3
 """The share that the fit to v has of the distillation's gradient at the grid."""
 MEASURES = (
@@ -99,6 +101,7 @@ class World:
     def __init__(self, name: str, adapter: str | None):
         known, self.name = exact("a cube"), name
         self.library, self.adapter = known.library, adapter
+        self.strength = 0.5 if name == EXACT else TRAINED_STRENGTH
         self.model: Any = known if name == EXACT else load_model(name, lora=None, visual=adapter)
         self.reward, self.consistency = load_reward("solids-text"), load_reward("solids-visual")
         self.judge = solids_features.classifier("judge")
@@ -128,9 +131,9 @@ def made(world: World, arm: str, prompt: str, seed: int, lr: float = LR, **how: 
         v, other, at = world.visual(PROMPTS[(PROMPTS.index(prompt) + 3) % 6], seed)
         target = Scene((replace(target.solids[0], colour=other.solids[0].colour),))
         prompt = f"a {target.solids[0].shape}"
-    uses, own = WITH[arm], {"guidance": world.model.guidance} | HOW | how
+    uses, own = WITH[arm], HOW | how
     asked = Asked(world.caption(v) if arm == "caption" else prompt, visual=v if set(uses) & {"visual", "consistency"} else None,
-                  strength=0.5 if "visual" in uses else 0.0)  # fmt: skip
+                  strength=world.strength if "visual" in uses else 0.0)  # fmt: skip
     own |= {name: getattr(world, name) for name in ("reward", "consistency") if name in uses}
     field, began, before = VoxelField(32), time.process_time(), world.model.calls["network"]
     optimiser = torch.optim.Adam(field.parameters(), lr, BETAS, 1e-15)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tropism.core import UserError
+from tropism.core import Batch, UserError
 from tropism.models import load
 from tropism.models.lora import LoraSettings
 from tropism.models.stable_diffusion import StableDiffusion
@@ -14,6 +14,11 @@ class Whole:
     dtype = device = process = None
     def encode(self): ...
     start = predict = x0 = decode = latents = kernel = base = trainable = encode
+
+class Blind:
+    dtype, device, process, shape = None, None, None, (3, 4, 4)
+    def predict(self): ...
+    start = x0 = decode = latents = kernel = base = trainable = predict
 
 class Part:
     def predict(self): ...
@@ -58,3 +63,7 @@ def test_ones_own_class(tmp_path):
         load.load_model(f"{tmp_path}/own.py:Part")
     with pytest.raises(UserError, match=r"without arguments.*size"):
         load.load_model(f"{tmp_path}/own.py:Needy")
+    blind = load.load_model(f"{tmp_path}/own.py:Blind")
+    assert blind.encode(Batch(["a cat"])).shape == (3, 4, 4)
+    with pytest.raises(UserError, match="Blind has no `encode` of its own, so it reads no picture"):
+        blind.encode(Batch(["a cat"], visual=torch.zeros(1, 3, 4, 4)))

@@ -1,4 +1,4 @@
-"""The committed results of `recipes/vp3d.py` against what was asked of them, and against what the docs say of them."""
+"""The committed results of `recipes/vp3d.py` against what was asked of them, and every number of the docs' two tables against them."""
 
 import csv
 from pathlib import Path
@@ -50,3 +50,70 @@ def test_the_longer_arm_has_no_less_to_spend():
     """At least the rows of the network and the time of VP3D."""
     full, longer = MEANS["all", "full"], MEANS["all", "longer"]
     assert float(longer["rows"]) >= float(full["rows"]) and float(longer["seconds"]) >= float(full["seconds"])
+
+
+# ---------------------------------------------------------------------------------------------------- the docs
+
+NAMES = {
+    "text alone (SDS)": "sds",
+    "+ visual prompt": "visual",
+    "+ text reward": "reward",
+    "+ consistency with v": "consistency",
+    "all three (VP3D)": "full",
+    "text alone, half as long again": "longer",
+    "text with a caption of v": "caption",
+    "text and a fit to v at its own camera": "photometric",
+    "stylised: shape from text, looks from another v": "stylised",
+    "VP3D without v in the condition": "full-visual",
+    "VP3D without the text reward": "full-reward",
+    "VP3D without consistency": "full-consistency",
+}
+COLUMNS = (
+    ("all", "accuracy"),
+    ("all", "accuracy/worst"),
+    ("all", "accuracy/shape"),
+    ("all", "psnr"),
+    ("all", "psnr/foreground"),
+)
+COLUMNS += (
+    ("all", "iou"),
+    ("all", "janus"),
+    ("all", "colour_spread"),
+    ("open", "accuracy"),
+    ("open", "psnr"),
+    ("open", "iou"),
+)
+APART = (("all", "accuracy"), ("all", "iou"), ("open", "psnr"), ("all", "psnr/foreground"), ("all", "accuracy/shape"))
+APART += (("all", "janus"), ("all", "colour_spread"))
+
+
+def told(table):
+    """The cells of a table of docs/scene.md by arm, from the one whose head has this word."""
+    text = (RESULTS.parents[1] / "scene.md").read_text(encoding="utf-8").split(f"| {table} |", 1)[1]
+    lines = text.split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[c.strip(" *") for c in line.strip("|").split("|")] for line in lines]
+    return {NAMES[c[0]]: c[1:] for c in cells}
+
+
+def same(said, value):
+    """As far as the digits that are said go."""
+    return abs(float(said) - float(value)) <= 0.51 * 10 ** -len(said.partition(".")[2]) + 1e-9
+
+
+def test_the_docs_means_are_those_measured():
+    table = told("accuracy | of the worst side")
+    assert set(table) == set(NAMES.values())
+    for arm, cells in table.items():
+        for said, (prompts, measure) in zip(cells, COLUMNS, strict=True):
+            assert same(said, MEANS[prompts, arm][measure]), (arm, prompts, measure)
+
+
+def test_the_docs_gaps_are_those_measured():
+    table = told("accuracy | IoU | PSNR, open prompts")
+    assert set(table) == set(NAMES.values()) - {"full", "stylised"}
+    for arm, cells in table.items():
+        for said, key in zip(cells, APART, strict=True):
+            row = GAPS[key[0], arm, key[1]]
+            numbers = said.replace("[", "").replace("]", "").replace(",", "").split()
+            wanted = [row[n] for n in ("gap", "low", "high", "low by prompt", "high by prompt")]
+            assert all(same(*pair) for pair in zip(numbers, wanted, strict=True)), (arm, key, numbers, wanted)

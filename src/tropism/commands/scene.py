@@ -17,7 +17,7 @@ from tropism.run.optimiser import schedule_of
 from tropism.run.record import Recorder
 from tropism.run.request import as_plain, spelled
 from tropism.run.scene_products import Made, protocol, write
-from tropism.run.scene_request import EXACT, NONE, check_sees, model_of, of_solids, terms_of
+from tropism.run.scene_request import EXACT, NONE, check_sees, guidance_of, model_of, of_solids, strength_of, terms_of
 from tropism.run.sculpt import (
     FINE,
     Plan,
@@ -67,7 +67,7 @@ def scene(
     negative: str = "",
     distillation: str = "sds",
     candidates: int = 8,
-    strength: float = 0.5,
+    strength: float | None = None,
     updates: int = 150,
     fine_updates: int = 75,
     resolution: int = 32,
@@ -111,19 +111,20 @@ def scene(
     the text, summed; "none" for none. noises: above 0 the reward needs no gradient, and weighs so many noises of a view at `temperature`.
     consistency: a reward that compares views with the picture near its own camera, such as features:SOURCE; "none" for none. watch:
     rewards to measure only. negative: what it must not look like. distillation: sds, csd, isd, vsd or perp-neg. candidates: pictures
-    drawn, of which the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front, and behind a
-    quarter of it. updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on fine_resolution^3. fine:
-    surface (a signed distance), gaussian (so many `gaussians`; also writes scene.ply), voxel or none. lr: of Adam in the coarse stage.
-    fine_lr: in the fine one. views: pictures an update. samples: points along a ray. pixels: side of a render, default the model's own.
-    guidance: of the distillation, default the model's own. steps: of drawing the picture. weight: w(t), one of sds, uniform, fantasia3d.
-    anneal: of the times, one of constant, linear, square-root. rho: the reward's share of the distillation's gradient. rho_visual: the
-    same of consistency. hinge: a view worth that much is content. start: share of the run before rewards count. smoothness: weight of
-    total variation. opacity: weight of sparsity. decided: weight against half-transparency. eikonal: weight of a distance's slope, of a
-    surface.
+    drawn, of which the reward takes the best; 0 for no visual prompt. strength: how much the picture counts in front (default .5, with
+    solids 2), and behind a quarter of it. updates: of the coarse stage, on resolution^3 voxels. fine_updates: of the fine one, on
+    fine_resolution^3. fine: surface (a signed distance), gaussian (so many `gaussians`; also writes scene.ply), voxel or none. lr: of
+    Adam in the coarse stage. fine_lr: in the fine one. views: pictures an update. samples: points along a ray. pixels: side of a render,
+    default the model's own. guidance: of the distillation, default the model's own, with solids 7.5; the picture is drawn at the model's
+    own. steps: of drawing the picture. weight: w(t), one of sds, uniform, fantasia3d. anneal: of the times, one of constant, linear,
+    square-root. rho: the reward's share of the distillation's gradient. rho_visual: the same of consistency. hinge: a view worth that
+    much is content. start: share of the run before rewards count. smoothness: weight of total variation. opacity: weight of sparsity.
+    decided: weight against half-transparency. eikonal: weight of a distance's slope, of a surface.
     OUT gets turntable.gif, views.png, mesh.glb, viewer.html, visual_prompt.png, metrics.json, report.html, scene.safetensors.
     Raises UserError for anything that cannot be, for a scene that collapses to nothing, and for a resumed scene with other settings.
     """
     settings = dict(locals())
+    settings |= {"strength": strength_of(model) if strength is None else strength}
     check(settings)
     installed()
     place, precision = set_up(device, dtype, threads)
@@ -131,7 +132,7 @@ def scene(
     kept = Path(out) / VISUAL if resume else None
     check_sees(loaded, settings, kept)
     terms = terms_of(settings, of_solids(model))
-    settings |= {"guidance": getattr(loaded, "guidance", 7.5) if guidance is None else guidance}
+    settings |= {"guidance": guidance_of(model, loaded) if guidance is None else guidance}
     settings |= {"reward": spelled(terms["reward"] or ()), "consistency": _name(terms["consistency"])}
     config = as_plain({**settings, "model": model if isinstance(model, str) else type(model).__name__})
     config = {n: v for n, v in config.items() if n not in ("command", "resume", "overwrite")} | {
@@ -283,7 +284,7 @@ def _visual(
         return None
     else:
         steps = s["steps"] or getattr(model, "steps", 50)
-        how = {"count": s["candidates"], "steps": steps, "guidance": s["guidance"], "seed": s["seed"]}
+        how = {"count": s["candidates"], "steps": steps, "guidance": getattr(model, "guidance", 7.5), "seed": s["seed"]}
         make = partial(drawn_prompt, model, s["prompt"], reward, negative=s["negative"], **how)
     file.parent.mkdir(parents=True, exist_ok=True)
     return kept_prompt(file, make)

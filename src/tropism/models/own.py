@@ -62,10 +62,15 @@ class Completed:
         return partial(default, self) if callable(default) else default
 
 
+def _named(model: Any) -> str:
+    """The user's own class."""
+    return type(getattr(model, "_model", model)).__name__
+
+
 def _encode(model: Any, batch: Batch, draw: Draw | None = None) -> Prompts:
     if batch.visual is not None:
         raise UserError(
-            f"{type(model).__name__} has no `encode` of its own, so it reads no picture beside the words. Write it."
+            f"{_named(model)} has no `encode` of its own, so it reads no picture beside the words. Write it."
         )
     return Prompts(tuple(batch.prompts), tuple(model.shape))
 
@@ -78,7 +83,7 @@ def _start(model: Any, cond: Any, draw: Draw, times: Tensor) -> tuple[Tensor, in
 
 def _latents(model: Any, samples: Tensor) -> Tensor:
     raise UserError(
-        f"{type(model).__name__} has no `latents` (samples -> clean states), which is needed here. Write it."
+        f"{_named(model)} has no `latents` (samples -> clean states), which is needed here. Write it."
     )
 
 

@@ -34,6 +34,16 @@ def of_solids(model: str | Model) -> bool:
     return model in (EXACT, TRAINED) or isinstance(model, solids_oracle.OracleModel)
 
 
+def strength_of(model: str | Model) -> float:
+    """How much a visual prompt counts where nothing is said."""
+    return 2.0 if model == TRAINED else 0.5
+
+
+def guidance_of(model: str | Model, loaded: Model) -> float:
+    """Of the distillation where nothing is said: the model's own, and for the bundled network more than it draws best with."""
+    return 7.5 if model == TRAINED else getattr(loaded, "guidance", 7.5)
+
+
 def check_sees(model: Model, settings: Mapping[str, Any], kept: Path | None) -> None:
     """Raises UserError for words the model cannot read, a reference that cannot be, and a model without an adapter where one is needed.
 
