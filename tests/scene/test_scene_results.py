@@ -52,6 +52,16 @@ def test_the_longer_arm_has_no_less_to_spend():
     assert float(longer["rows"]) >= float(full["rows"]) and float(longer["seconds"]) >= float(full["seconds"])
 
 
+def test_the_trained_network_confirms_the_ordering():
+    means = {r["arm"]: float(r["accuracy"]) for r in rows("trained-table") if r["prompts"] == "all"}
+    assert means["full"] >= means["caption"] > means["photometric"] > means["sds"]
+    runs = rows("trained-runs")
+    assert len(runs) == 32
+    for arm, mean in means.items():
+        own = [float(r["accuracy"]) for r in runs if r["arm"] == arm]
+        assert len(own) == 8 and same(f"{mean:.4f}", sum(own) / 8)
+
+
 # ---------------------------------------------------------------------------------------------------- the docs
 
 NAMES = {

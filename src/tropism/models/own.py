@@ -82,9 +82,7 @@ def _start(model: Any, cond: Any, draw: Draw, times: Tensor) -> tuple[Tensor, in
 
 
 def _latents(model: Any, samples: Tensor) -> Tensor:
-    raise UserError(
-        f"{_named(model)} has no `latents` (samples -> clean states), which is needed here. Write it."
-    )
+    raise UserError(f"{_named(model)} has no `latents` (samples -> clean states), which is needed here. Write it.")
 
 
 def _base(model: Any) -> AbstractContextManager[None]:
