@@ -59,7 +59,7 @@ def mesh_of(field: Field, resolution: int = 96, *, level: float | None = None, l
     if not bool(inside.any()):
         raise UserError(
             f"There is no surface on the grid of {resolution}^3: nothing is above {at:.3g}, the highest value is {values.max():.3g}. "
-            f"The object is too thin or too faint: {'train it longer' if level is None else 'lower the level'}."
+            f"The object is too thin or too faint: {'train it longer, or raise the resolution' if level is None else 'lower the level'}."
         )
     if largest:
         values = torch.where(inside & ~largest_part(inside, density), 2 * at - values, values)
