@@ -89,7 +89,7 @@ MEASURES = (
     "ssim",
     "iou",
 )
-MEASURES += ("janus", "colour_spread", "floaters", "text", "chamfer", "consistency", "seconds", "rows")
+MEASURES += ("face", "janus", "colour_spread", "floaters", "text", "chamfer", "consistency", "seconds", "rows")
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -240,7 +240,7 @@ def sweep(world: World, out: Path, prefix: str) -> None:
                 name = f"sweep-{arm}-{guidance:g}-{lr:g}"
                 runs = [kept(world, out, arm, p, 100, name, guidance=guidance, lr=lr) for p in PROMPTS[::4] + OPEN[:1]]
                 mean = {
-                    m: f"{np.nanmean([r[m] for r in runs]):.4f}" for m in ("accuracy", "text", "psnr", "iou", "janus")
+                    m: f"{np.nanmean([r[m] for r in runs]):.4f}" for m in ("accuracy", "text", "psnr", "iou", "face", "janus")
                 }
                 rows.append({"arm": arm, "guidance": guidance, "lr": lr, **mean})
     write(out, f"{prefix}sweep", rows)

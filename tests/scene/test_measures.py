@@ -47,6 +47,12 @@ def two_faced(points):
     return density, colour * (1 - behind)
 
 
+def plain(points):
+    """And without any."""
+    density, colour = solids.field(CUBE)(points)
+    return density, torch.tensor(solids.COLOURS["red"]).to(points).expand_as(colour)
+
+
 def with_a_floater(points):
     """And a small ball in a corner, of half its density."""
     density, colour = solids.field(CUBE)(points)
@@ -65,6 +71,7 @@ def test_the_truth_measures_as_the_truth(reader):
         "accuracy/shape",
         "accuracy/colour",
         "accuracy/size",
+        "face",
     )
     assert all(found[name] == pytest.approx(1) for name in perfect)
     assert (found["floaters"], found["janus"]) == (0, 0) and found["psnr"] == found["psnr/foreground"] == math.inf
@@ -204,6 +211,8 @@ def test_one_face_is_no_janus_and_two_are(reader):
     found = measures.judged(mine, reader, CUBE)
     assert found["janus"] == 1 and found["accuracy"] == 1
     assert measures.judged(measures.seen_truth(CUBE), reader, CUBE)["janus"] == 0
+    faceless = measures.judged(measures.seen(plain), reader, CUBE)
+    assert (faceless["face"], faceless["janus"], found["face"]) == (0, 0, 1)
     lib = solids_library.seen_from(solids.scenes(size="large")[::6], measures.rig(), size=16)
     front = torch.tensor([v == "front" for v in measures.rig().views()])
     for seen in lib.seen.view(6, -1):
@@ -211,28 +220,29 @@ def test_one_face_is_no_janus_and_two_are(reader):
 
 
 @pytest.mark.parametrize(
-    ("faces", "fronts", "two"),
+    ("faces", "fronts", "one", "two"),
     [
-        ([0], [0], False),
-        ([0, 45, 315], [0], False),
-        ([315, 45], [], False),
-        ([0, 135], [], True),
-        ([45, 270], [], True),
-        ([0, 180], [], True),
-        ([], [], False),
-        ([], [135], True),
-        ([0], [180], True),
-        ([0], [90, 45], False),
-        ([], [225], True),
-        ([], [270], False),
+        ([0], [0], True, False),
+        ([0, 45, 315], [0], True, False),
+        ([315, 45], [], True, False),
+        ([0, 135], [], True, True),
+        ([45, 270], [], True, True),
+        ([0, 180], [], True, True),
+        ([], [], False, False),
+        ([], [135], False, True),
+        ([0], [180], True, True),
+        ([0], [90, 45], True, False),
+        ([], [225], False, True),
+        ([], [270], False, False),
     ],
 )
-def test_where_faces_may_be(faces, fronts, two):
+def test_where_faces_may_be(faces, fronts, one, two):
     for turn in (0, 360, -360):
         azimuth = torch.arange(8) * 45.0
         face = torch.tensor([0.9 if a in faces else 0.4 for a in azimuth.tolist()])
         front = torch.tensor([a in fronts for a in azimuth.tolist()])
         assert measures.janus(face, front, azimuth + turn) == two
+        assert measures.has_face(face, azimuth + turn) == one
 
 
 def test_the_rig():

@@ -302,6 +302,6 @@ def _of_solids(field: Sculpture, model: Model, settings: Mapping[str, Any]) -> d
     meant = [s for s in known if s.fits(asked)]
     truth = meant[0] if len(meant) == 1 and settings["reference"] is None else None
     found = measured(solid, asked, truth=truth, judge=solids_features.classifier("judge"))
-    judged = ("accuracy", "log_prob", "janus")
+    judged = ("accuracy", "log_prob", "face", "janus")
     named = lambda name: f"{'judge/' if name.startswith(judged) else '' if name == 'colour_spread' else 'truth/'}{name}"
     return {named(n): v for n, v in found.items() if n not in ("floaters", "threshold")}

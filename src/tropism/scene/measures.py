@@ -191,7 +191,8 @@ def judged(mine: Seen, judge: Classifier, wanted: Scene) -> dict[str, float]:
     """What a classifier reads, against what one solid should be; its view words are those of the cameras.
 
     "accuracy": the share of views in which all of shape and colour that is wanted is read right, "accuracy/shape" and so on apart;
-    "accuracy/worst": of the worst azimuth; "log_prob" of what is wanted, mean and "/worst" over views; "janus" as in `janus`.
+    "accuracy/worst": of the worst azimuth; "log_prob" of what is wanted, mean and "/worst" over views; "face": whether one is found from
+    the front; "janus", a second one, as in `janus`: without any face it is not there either, so read them together.
     """
     found = judge.log_probs(mine.pictures)
     said = wanted.solids[0].said
@@ -208,7 +209,14 @@ def judged(mine: Seen, judge: Classifier, wanted: Scene) -> dict[str, float]:
         measures |= {"log_prob": float(sure.mean()), "log_prob/worst": float(sure.min())}
     face = found["face"][:, HEADS["face"].index("seen")].exp()
     front = found["view"].argmax(1) == HEADS["view"].index("front")
-    return measures | {"janus": float(janus(face, front, mine.cameras.azimuth))}
+    azimuth = mine.cameras.azimuth
+    return measures | {"face": float(has_face(face, azimuth)), "janus": float(janus(face, front, azimuth))}
+
+
+def has_face(face: Tensor, azimuth: Tensor) -> bool:
+    """Whether a face is found within 45 degrees of the front. face: (V,) probabilities that one is seen; azimuth: (V,) degrees."""
+    turn = (azimuth + 180) % 360 - 180
+    return bool((face[turn.abs() <= 45 + 1e-3] > 0.5).any())
 
 
 def janus(face: Tensor, front: Tensor, azimuth: Tensor) -> bool:
