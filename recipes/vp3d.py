@@ -240,7 +240,8 @@ def sweep(world: World, out: Path, prefix: str) -> None:
                 name = f"sweep-{arm}-{guidance:g}-{lr:g}"
                 runs = [kept(world, out, arm, p, 100, name, guidance=guidance, lr=lr) for p in PROMPTS[::4] + OPEN[:1]]
                 mean = {
-                    m: f"{np.nanmean([r[m] for r in runs]):.4f}" for m in ("accuracy", "text", "psnr", "iou", "face", "janus")
+                    m: f"{np.nanmean([r[m] for r in runs]):.4f}"
+                    for m in ("accuracy", "text", "psnr", "iou", "face", "janus")
                 }
                 rows.append({"arm": arm, "guidance": guidance, "lr": lr, **mean})
     write(out, f"{prefix}sweep", rows)

@@ -61,9 +61,11 @@ def protocol(size: tuple[int, int], world: bool) -> str:
         elevations = " and ".join(f"{e:g}" for e in measures.ELEVATIONS)
         said += (
             f" judge/, truth/ and colour_spread: {measures.AZIMUTHS * len(measures.ELEVATIONS)} views, {measures.AZIMUTHS} around it at "
-            f"each of {elevations} degrees, {measures.SIZE} x {measures.SIZE} pixels of 2 x 2 rays."
+            f"each of {elevations} degrees, {measures.SIZE} x {measures.SIZE} pixels of 2 x 2 rays. judge/accuracy: the share of them in "
+            "which shape and colour are read as the words have them; judge/face: 1 where a face is found from the front, judge/janus: 1 "
+            "where there is a second one, 0 also without any; colour_spread: how far the views' colours are apart, 0 at best."
         )
-    return said
+    return f"{said} volume: of the mesh, in a cube of 8; floaters: the share of what is solid outside of the largest piece."
 
 
 def write(out: Path, field: Any, done: Made) -> Mesh:
