@@ -133,11 +133,21 @@ def same(said, value):
 
 
 def test_the_docs_means_are_those_measured():
-    table = told("accuracy | of the worst side")
+    table = told("accuracy | of the worst side | shape | PSNR")
     assert set(table) == set(NAMES.values())
     for arm, cells in table.items():
         for said, (prompts, measure) in zip(cells, COLUMNS, strict=True):
             assert same(said, MEANS[prompts, arm][measure]), (arm, prompts, measure)
+
+
+def test_the_docs_means_of_the_trained_network_are_those_measured():
+    means = {(r["prompts"], r["arm"]): r for r in rows("trained-table")}
+    columns = (*(m for _, m in COLUMNS[:3]), "accuracy/colour", "psnr", "psnr/foreground", "iou", "face", "janus")
+    table = told("accuracy | of the worst side | shape | colour")
+    assert set(table) == {arm for _, arm in means}
+    for arm, cells in table.items():
+        wanted = [means["all", arm][m] for m in columns] + [means["open", arm]["accuracy"]]
+        assert all(same(*pair) for pair in zip(cells, wanted, strict=True)), arm
 
 
 def test_the_docs_gaps_are_those_measured():
