@@ -229,6 +229,8 @@ def test_one_face_is_no_janus_and_two_are(reader):
         ([45, 270], [], True, True),
         ([0, 180], [], True, True),
         ([], [], False, False),
+        ([180], [], False, False),
+        ([90, 135], [], False, False),
         ([], [135], False, True),
         ([0], [180], True, True),
         ([0], [90, 45], True, False),
